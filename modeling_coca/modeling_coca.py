@@ -1,0 +1,1626 @@
+"""CoCa: Contrastive Captioners are Image-Text Foundation Models (arXiv 2205.01917).
+
+Shapes in comments: B batch, T text tokens, N tokens of the image encoder, Q image tokens handed to the decoder, D width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, logging
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_coca import CocaConfig, CocaTextConfig, CocaVisionConfig
+from .loss_coca import caption_loss, contrastive_loss
+
+
+logger = logging.get_logger(__name__)
+
+
+# ----------------------------------------------------------------------------------------------------------- outputs
+
+
+@dataclass
+class CocaTextModelOutput(BaseModelOutputWithPooling):
+    """
+    Output of the unimodal text stack.
+
+    Args:
+        last_hidden_state (`(B, T, D)`): token states, as the multimodal decoder takes them (without a final norm).
+        pooler_output (`(B, D)`, *optional*): the normed state of [CLS].
+        past_key_values (`EncoderDecoderCache`, *optional*): keys and values of the tokens seen so far.
+    """
+
+    past_key_values: Cache | None = None
+
+
+@dataclass
+class CocaImageFeatures(BaseModelOutputWithPooling):
+    """
+    What one pass over an image gives to both halves of CoCa.
+
+    Args:
+        last_hidden_state (`(B, N, D)`): the image encoder's tokens.
+        pooler_output (`(B, Q, D)`): image tokens for the decoder; `generate(encoder_hidden_states=...)` takes them.
+        image_embeds (`(B, projection_dim)`): L2-normalised image embedding.
+    """
+
+    image_embeds: torch.FloatTensor | None = None
+
+
+@dataclass
+class CocaOutput(ModelOutput):
+    """
+    Output of [`CocaModel`].
+
+    Args:
+        loss (scalar, *optional*, with `return_loss=True`): contrastive loss, not weighted.
+        logits_per_image (`(images, texts)`), logits_per_text (`(texts, images)`): scaled similarities, given both.
+        last_hidden_state (`(B, N or T, D)`): the tower's token states, where only one modality is given.
+        pooler_output (`(B, projection_dim)`): its embedding before normalisation, likewise.
+        text_embeds, image_embeds (`(B, projection_dim)`): L2-normalised embeddings.
+        text_model_output, vision_model_output: the towers' own outputs.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutput | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+
+
+@dataclass
+class CocaConditionalOutput(ModelOutput):
+    """
+    Output of [`CocaForConditionalGeneration`].
+
+    Args:
+        loss (scalar, *optional*, with `labels`):
+            `contrastive_loss_weight * contrastive_loss + caption_loss_weight * caption_loss`.
+        logits (`(B, T, vocabulary)`, *optional*): next-token logits. Left out where `labels` are given, see `logits_to_keep`.
+        contrastive_loss, caption_loss (scalars, *optional*): both losses without their weights.
+        past_key_values (`EncoderDecoderCache`): self-attention of both stacks, and the image's keys and values.
+        hidden_states: embeddings, unimodal and multimodal layers: `num_hidden_layers + 1` tensors `(B, T, D)`.
+        attentions: self-attention of both stacks, `(B, heads, T, T)` each; unimodal ones without [CLS].
+        cross_attentions: of each multimodal layer, `(B, heads, T, Q)`.
+        text_embeds, image_embeds (`(B, projection_dim)`): L2-normalised, where the contrastive loss was computed.
+        encoder_hidden_states (`(B, Q, D)`): image tokens that the decoder attended to, where they were made or given here.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    contrastive_loss: torch.FloatTensor | None = None
+    caption_loss: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    text_embeds: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    encoder_hidden_states: torch.FloatTensor | None = None
+
+
+# -------------------------------------------------------------------------------------------------- attention and MLP
+
+
+class CocaCache(EncoderDecoderCache):
+    """
+    Self-attention keys and values for each sequence, cross-attention ones for each *image*.
+
+    All beams of an image attend to the same keys and values (see [`CocaAttention`]), so beam search has nothing to copy
+    or reorder in the cross-attention half.
+    """
+
+    def reorder_cache(self, beam_idx: torch.LongTensor):
+        self.self_attention_cache.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int):
+        self.self_attention_cache.batch_repeat_interleave(repeats)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class CocaAttention(nn.Module):
+    """
+    Multi-head attention in three uses: self-attention, causal (text) or not (image), and cross-attention with keys and values of
+    another width (poolers and decoder).
+
+    In cross-attention the queries' batch may be a multiple of the images': rows that stand next to each other (the beams of
+    an image) then share one image. As no query there looks at another, they are joined into one long row.
+    """
+
+    def __init__(
+        self,
+        config: CocaConfig | CocaTextConfig | CocaVisionConfig,
+        hidden_size: int,
+        num_heads: int,
+        kv_size: int | None = None,
+        is_causal: bool = False,
+        layer_idx: int | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.config = config
+        self.head_dim = hidden_size // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_cross_attention = kv_size is not None
+        self.is_causal = is_causal
+        self.layer_idx = layer_idx
+        self.dropout = dropout
+        kv_size = kv_size or hidden_size
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(kv_size, hidden_size)
+        self.v_proj = nn.Linear(kv_size, hidden_size)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+
+    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.view(*states.shape[:2], -1, self.head_dim).transpose(1, 2)  # [B, H, T, D/H]
+
+    def _keys_and_values(self, states: torch.Tensor | None, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.is_cross_attention and states is None:
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            return layer.keys, layer.values
+        keys, values = self._split_heads(self.k_proj(states)), self._split_heads(self.v_proj(states))
+        if cache is None:
+            return keys, values
+        if self.is_cross_attention:
+            cache.is_updated[self.layer_idx] = True
+            return cache.cross_attention_cache.update(keys, values, self.layer_idx)
+        return cache.self_attention_cache.update(keys, values, self.layer_idx)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        key_value_states: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`hidden_states` (B, T, D) -> output of the same shape, and weights (B, H, T, keys) with eager attention.
+
+        Cross-attention without `key_value_states` reads the keys and values that the cache holds."""
+        batch_size, length = hidden_states.shape[:2]
+        queries = self.q_proj(hidden_states)
+        keys, values = self._keys_and_values(
+            key_value_states if self.is_cross_attention else hidden_states, past_key_values
+        )
+        if self.is_cross_attention and keys.shape[0] != batch_size:
+            queries = queries.reshape(keys.shape[0], -1, queries.shape[-1])
+
+        # A caller's `is_causal` speaks of its own layer, e.g. never of cross-attention
+        kwargs.pop("is_causal", None)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            self._split_heads(queries),
+            keys,
+            values,
+            attention_mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            is_causal=self.is_causal,
+            **kwargs,
+        )
+        output = self.out_proj(output.reshape(batch_size, length, -1).contiguous())
+        if weights is not None and weights.shape[0] != batch_size:
+            weights = weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
+        return output, weights
+
+
+class CocaMLP(nn.Module):
+    def __init__(self, config: CocaTextConfig | CocaVisionConfig, intermediate_size: int):
+        super().__init__()
+        self.config = config
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class CocaLayerScale(nn.Module):
+    """A learned factor for each channel of a residual branch (arXiv 2103.17239)."""
+
+    def __init__(self, config: CocaTextConfig | CocaVisionConfig):
+        super().__init__()
+        self.init_value = config.layer_scale_init_value
+        self.gamma = nn.Parameter(torch.full((config.hidden_size,), self.init_value))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.gamma
+
+
+def _layer_scale(config: CocaTextConfig | CocaVisionConfig) -> nn.Module:
+    return nn.Identity() if config.layer_scale_init_value is None else CocaLayerScale(config)
+
+
+class CocaLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer of all three stacks: self-attention, then an MLP."""
+
+    def __init__(
+        self,
+        config: CocaTextConfig | CocaVisionConfig,
+        is_causal: bool = False,
+        layer_idx: int | None = None,
+        intermediate_size: int | None = None,
+    ):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = CocaAttention(
+            config,
+            config.hidden_size,
+            config.num_attention_heads,
+            is_causal=is_causal,
+            layer_idx=layer_idx,
+            dropout=config.attention_dropout,
+        )
+        self.layer_scale1 = _layer_scale(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = CocaMLP(config, intermediate_size or config.intermediate_size)
+        self.layer_scale2 = _layer_scale(config)
+        self.dropout = nn.Dropout(getattr(config, "dropout", 0.0))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            self.layer_norm1(hidden_states), attention_mask, past_key_values=past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + self.dropout(self.layer_scale1(attended))
+        return hidden_states + self.dropout(self.layer_scale2(self.mlp(self.layer_norm2(hidden_states))))
+
+
+# ------------------------------------------------------------------------------------------------------------- images
+
+
+class CocaVisionEmbeddings(nn.Module):
+    """Patches and an optional class token, with learned positions that are interpolated for other image sizes."""
+
+    def __init__(self, config: CocaVisionConfig):
+        super().__init__()
+        self.config = config
+        self.num_prefix_tokens = int(config.use_class_token)
+        if config.use_class_token:
+            self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size, bias=False
+        )
+        rows, columns = config.grid_size
+        self.position_embedding = nn.Embedding(rows * columns + self.num_prefix_tokens, config.hidden_size)
+
+    def interpolate_position_embedding(self, height: int, width: int) -> torch.Tensor:
+        """Positions (N, D) for a grid of `height` x `width` patches, bicubic with antialiasing as open_clip resizes them."""
+        positions = self.position_embedding.weight
+        if (height, width) == self.config.grid_size:
+            return positions
+        prefix, patches = positions[: self.num_prefix_tokens], positions[self.num_prefix_tokens :]
+        patches = patches.T.reshape(1, -1, *self.config.grid_size).float()
+        patches = F.interpolate(patches, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+        return torch.cat([prefix, patches.flatten(2)[0].T.to(prefix.dtype)])
+
+    def _drop_patches(self, embeddings: torch.Tensor) -> torch.Tensor:
+        prefix, patches = embeddings[:, : self.num_prefix_tokens], embeddings[:, self.num_prefix_tokens :]
+        keep = max(1, round(patches.shape[1] * (1 - self.config.patch_dropout)))
+        kept = torch.rand(patches.shape[:2], device=patches.device).topk(keep, dim=1).indices.sort(dim=1).values
+        return torch.cat([prefix, patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))], dim=1)
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        config = self.config
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
+            raise ValueError(
+                f"`pixel_values` must have shape (batch, {config.num_channels}, height, width), got "
+                f"{tuple(pixel_values.shape)}."
+            )
+        grid = (pixel_values.shape[2] // config.patch_size, pixel_values.shape[3] // config.patch_size)
+        if grid != config.grid_size and not interpolate_pos_encoding:
+            raise ValueError(
+                f"`pixel_values` are {pixel_values.shape[2]}x{pixel_values.shape[3]} pixels, the model expects "
+                f"`image_size` = {config.image_size}: resize the images, or pass `interpolate_pos_encoding=True`."
+            )
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        embeddings = patches.flatten(2).transpose(1, 2)  # [B, N, D]
+        if config.use_class_token:
+            class_token = self.class_embedding.expand(embeddings.shape[0], 1, -1)
+            embeddings = torch.cat([class_token, embeddings], dim=1)
+        embeddings = embeddings + self.interpolate_position_embedding(*grid)
+        if self.training and config.patch_dropout > 0:
+            embeddings = self._drop_patches(embeddings)
+        return embeddings
+
+
+class CocaAttentionalPooler(nn.Module):
+    """
+    One multi-head attention layer with learned queries over a set of tokens: the paper's "natural task adapter".
+
+    Args:
+        config (`CocaConfig`): the whole model's config.
+        num_queries (`int`): tokens that come out.
+        kv_size (`int`): width of the tokens that go in.
+        output_norm (`bool`): LayerNorm on the output.
+    """
+
+    def __init__(self, config: CocaConfig, num_queries: int, kv_size: int, output_norm: bool):
+        super().__init__()
+        width, eps = config.pooler_hidden_size, config.text_config.layer_norm_eps
+        self.query = nn.Parameter(torch.empty(num_queries, width))
+        self.layer_norm_q = nn.LayerNorm(width, eps=eps)
+        self.layer_norm_k = nn.LayerNorm(kv_size, eps=eps)
+        self.attn = CocaAttention(config, width, config.num_pooler_attention_heads, kv_size=kv_size)
+        self.layer_norm_out = nn.LayerNorm(width, eps=eps) if output_norm else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, N, `kv_size`) -> (B, queries, `pooler_hidden_size`) and the weights (B, H, queries, N) with eager attention."""
+        queries = self.layer_norm_q(self.query).expand(hidden_states.shape[0], -1, -1)
+        pooled, weights = self.attn(queries, key_value_states=self.layer_norm_k(hidden_states))
+        return self.layer_norm_out(pooled), weights
+
+
+class CocaImagePooler(nn.Module):
+    """The encoder's tokens -> the vector that becomes the image embedding, and the image tokens for the decoder.
+
+    See `CocaConfig.pooler_type` for the four layouts and where each is found.
+    """
+
+    def __init__(self, config: CocaConfig, encoder_size: int):
+        super().__init__()
+        self.pooler_type = config.pooler_type
+        self.pooling = config.image_pooling
+        vision = config.vision_config
+        # The class token is no image token. Other encoders' tokens are taken as they come.
+        self.num_prefix_tokens = int(vision.model_type == "coca_vision_model" and vision.use_class_token)
+        has_poolers = config.pooler_type != "none"
+        self.embedding_size = self.token_size = config.pooler_hidden_size if has_poolers else encoder_size
+
+        self.norm_position = config.image_layer_norm
+        if not has_poolers and self.norm_position == "pooler":
+            self.norm_position = "encoder"
+        if self.norm_position != "pooler":
+            size = encoder_size if self.norm_position == "encoder" else self.embedding_size
+            self.layer_norm = nn.LayerNorm(size, eps=config.text_config.layer_norm_eps)
+
+        output_norm = self.norm_position == "pooler"
+        if has_poolers:
+            num_queries = config.num_query_tokens + int(config.pooler_type == "shared")
+            self.caption_pooler = CocaAttentionalPooler(config, num_queries, encoder_size, output_norm)
+        if config.pooler_type in ("cascade", "parallel"):
+            kv_size = self.token_size if config.pooler_type == "cascade" else encoder_size
+            self.contrastive_pooler = CocaAttentionalPooler(config, 1, kv_size, output_norm)
+
+    def forward(
+        self, hidden_states: torch.Tensor, need_embedding: bool = True, need_tokens: bool = True
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(B, N, encoder) -> ((B, D) or `None`, (B, Q, D) or `None`); what is not needed is not computed where possible."""
+        if self.norm_position == "encoder":
+            hidden_states = self.layer_norm(hidden_states)
+        pooled = tokens = None
+        if self.pooler_type == "parallel":
+            tokens = self.caption_pooler(hidden_states)[0] if need_tokens else None
+            pooled = self.contrastive_pooler(hidden_states)[0][:, 0] if need_embedding else None
+        elif self.pooler_type == "cascade":
+            tokens, _ = self.caption_pooler(hidden_states)
+            pooled = self.contrastive_pooler(tokens)[0][:, 0] if need_embedding else None
+        else:
+            shared = self.pooler_type == "shared"
+            all_tokens = self.caption_pooler(hidden_states)[0] if shared else hidden_states
+            tokens = all_tokens[:, 1 if shared else self.num_prefix_tokens :]
+            pooled = all_tokens[:, 0] if self.pooling == "first" else tokens.mean(dim=1)
+        if need_embedding and self.norm_position == "embedding":
+            pooled = self.layer_norm(pooled)
+        return pooled if need_embedding else None, tokens if need_tokens else None
+
+
+# -------------------------------------------------------------------------------------------------- pretrained models
+
+
+class CocaPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading and saving common to all CoCa models."""
+
+    config: CocaConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    # The contrastive loss is no mean over tokens, so `Trainer` must not rescale the loss by their number
+    accepts_loss_kwargs = False
+    _no_split_modules = [
+        "CocaVisionEmbeddings",
+        "CocaLayer",
+        "CocaDecoderLayer",
+        "CocaAttentionalPooler",
+    ]
+    _skip_keys_device_placement = "past_key_values"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def train(self, mode: bool = True):
+        """Sets training mode, except in parts frozen by `modeling_coca.training.freeze`, whose dropout and running
+        statistics stay as in evaluation."""
+        super().train(mode)
+        for module in self.modules():
+            if getattr(module, "is_frozen", False) and module.training:
+                module.eval()
+        return self
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """As open_clip starts its towers: the branches that write to the residual stream shrink with depth."""
+        super()._init_weights(module)
+        if isinstance(module, CocaVisionEmbeddings):
+            std = module.config.hidden_size**-0.5
+            if module.num_prefix_tokens:
+                init.normal_(module.class_embedding, std=std)
+            init.normal_(module.position_embedding.weight, std=std)
+            init.normal_(module.patch_embedding.weight, std=module.config.initializer_range)
+        elif isinstance(module, CocaTextModel):
+            init.normal_(module.embed_tokens.weight, std=module.config.initializer_range)
+            init.normal_(module.embed_positions.weight, std=module.config.initializer_range / 2)
+            if module.config.use_cls_token:
+                init.normal_(module.class_embedding, std=module.config.initializer_range / 2)
+        elif isinstance(module, CocaAttentionalPooler):
+            init.normal_(module.query, std=1.0)
+        elif isinstance(module, CocaAttention):
+            depth = getattr(module.config, "num_hidden_layers", 1)
+            for projection in (module.q_proj, module.k_proj, module.v_proj):
+                init.normal_(projection.weight, std=projection.in_features**-0.5)
+            init.normal_(module.out_proj.weight, std=module.out_proj.in_features**-0.5 * (2 * depth) ** -0.5)
+        elif isinstance(module, CocaMLP):
+            width, depth = module.config.hidden_size, module.config.num_hidden_layers
+            init.normal_(module.fc1.weight, std=(2 * width) ** -0.5)
+            init.normal_(module.fc2.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+        elif isinstance(module, CocaLayerScale):
+            init.constant_(module.gamma, module.init_value)
+        elif isinstance(module, CocaModel):
+            init.normal_(module.visual_projection.weight, std=module.visual_projection.in_features**-0.5)
+            init.normal_(module.text_projection.weight, std=module.text_projection.in_features**-0.5)
+            init.constant_(module.logit_scale, module.config.logit_scale_init_value)
+            if module.logit_bias is not None:
+                init.constant_(module.logit_bias, module.config.logit_bias_init_value)
+        elif isinstance(module, CocaForConditionalGeneration):
+            init.normal_(module.lm_head.weight, std=module.lm_head.in_features**-0.5)
+
+
+class CocaVisionModel(CocaPreTrainedModel):
+    """
+    CoCa's own image encoder: a ViT whose tokens all go on to the poolers.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_coca import CocaVisionConfig, CocaVisionModel
+
+    >>> config = CocaVisionConfig(
+    ...     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=36
+    ... )
+    >>> CocaVisionModel(config)(torch.randn(1, 3, 36, 36)).last_hidden_state.shape
+    torch.Size([1, 5, 64])
+    ```
+    """
+
+    config: CocaVisionConfig
+    input_modalities = ("image",)
+    _can_record_outputs = {"hidden_states": CocaLayer, "attentions": CocaAttention}
+    _input_embed_layer = "patch_embedding"
+
+    def __init__(self, config: CocaVisionConfig):
+        super().__init__(config)
+        self.embeddings = CocaVisionEmbeddings(config)
+        self.pre_layernorm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_pre_layernorm else nn.Identity()
+        )
+        self.layers = nn.ModuleList([CocaLayer(config) for _ in range(config.num_hidden_layers)])
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embedding
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, channels, height, width)`): normalised images.
+            interpolate_pos_encoding (`bool`): take images of another size than `image_size`.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `last_hidden_state` (B, N, D), class token first if there is one, and
+            `pooler_output` (B, D): the class token, else the mean of the patches.
+        """
+        if pixel_values is None:
+            raise ValueError("`pixel_values` are missing.")
+        hidden_states = self.pre_layernorm(self.embeddings(pixel_values, interpolate_pos_encoding))
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        pooled = hidden_states[:, 0] if self.config.use_class_token else hidden_states.mean(dim=1)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+
+def _as_coca_cache(past_key_values: Cache | None) -> EncoderDecoderCache | None:
+    """A bare self-attention cache gets its cross-attention half."""
+    if past_key_values is None or isinstance(past_key_values, EncoderDecoderCache):
+        return past_key_values
+    return CocaCache(past_key_values, DynamicCache())
+
+
+class CocaTextModel(CocaPreTrainedModel):
+    """
+    The unimodal text stack: causal, with [CLS] appended after the last token.
+
+    [CLS] comes last, so it changes no other position and generation leaves it out.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_coca import CocaTextConfig, CocaTextModel
+
+    >>> config = CocaTextConfig(
+    ...     vocab_size=99, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_multimodal_layers=2,
+    ...     num_attention_heads=4, bos_token_id=97, eos_token_id=98,
+    ... )
+    >>> outputs = CocaTextModel(config)(input_ids=torch.tensor([[97, 5, 6, 98]]))
+    >>> outputs.last_hidden_state.shape, outputs.pooler_output.shape
+    (torch.Size([1, 4, 64]), torch.Size([1, 64]))
+    ```
+    """
+
+    config: CocaTextConfig
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    _input_embed_layer = "embed_tokens"
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(CocaLayer, num_hidden_layers_key="num_unimodal_layers"),
+        "attentions": CocaAttention,
+    }
+
+    def __init__(self, config: CocaTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if config.use_cls_token:
+            self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            [CocaLayer(config, is_causal=True, layer_idx=i) for i in range(config.num_unimodal_layers)]
+        )
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def _real_tokens(self, input_ids: torch.Tensor | None, shape: torch.Size, device: torch.device) -> torch.Tensor:
+        """(B, T) of bool, for a caller who gave no mask: what is not in a run of padding at either end."""
+        if input_ids is None or self.config.pad_token_id is None:
+            return torch.ones(shape, dtype=torch.bool, device=device)
+        is_token = input_ids != self.config.pad_token_id
+        return (is_token.cumsum(-1) > 0) & (is_token.flip(-1).cumsum(-1).flip(-1) > 0)
+
+    def _append_cls(
+        self, embeds: torch.Tensor, position_ids: torch.Tensor, real: torch.Tensor, input_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Adds [CLS] to the embeddings (B, T, D), positions and mask (B, T).
+
+        With `shifted_cls_mask` there stands one padding token before it, which is what open_clip's off-by-one mask lets
+        [CLS] see of the padding up to the context length. So texts need no padding of that length to give its numbers.
+        """
+        config, batch_size = self.config, embeds.shape[0]
+        lengths = real.sum(dim=-1, keepdim=True)  # [B, 1]
+        visible, extra_embeds, extra_positions = real, [], []
+        always = torch.ones_like(lengths, dtype=torch.bool)
+        if config.shifted_cls_mask:
+            has_padding = lengths < config.max_text_length
+            if input_ids is not None:
+                # Its mask looks at ids, so a real token that has the padding id hides the one after it
+                after_pad_id = F.pad(real & (input_ids == config.pad_token_id), (1, -1), value=False)
+                visible = visible & ~after_pad_id
+            visible = torch.cat([visible, has_padding, ~has_padding], dim=-1)
+            pad_token = torch.full_like(lengths, config.pad_token_id)
+            extra_embeds.append(self.embed_tokens(pad_token))
+            extra_positions.append(lengths.clamp(max=config.max_text_length))
+        else:
+            visible = torch.cat([visible, always], dim=-1)
+        extra_embeds.append(self.class_embedding.to(embeds.dtype).expand(batch_size, 1, -1))
+        extra_positions.append(
+            torch.full_like(lengths, config.max_position_embeddings - 1) if config.cls_position == "last" else lengths
+        )
+        return torch.cat([embeds, *extra_embeds], 1), torch.cat([position_ids, *extra_positions], 1), visible
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        output_embedding: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CocaTextModelOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): at most `config.max_text_length` tokens.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+                1 for tokens, 0 for padding, left or right. Without it a run of `pad_token_id` at either end is padding.
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): counted along the mask by default.
+            past_key_values (`Cache`, *optional*): tokens seen before, while generating.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*): instead of `input_ids`.
+            output_embedding (`bool`, *optional*):
+                Append [CLS] and fill `pooler_output`; by default where no cache is given.
+
+        Returns:
+            [`CocaTextModelOutput`]. `hidden_states` and `attentions` include the appended positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        config = self.config
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch_size, length = inputs_embeds.shape[:2]
+        if length > config.max_text_length:
+            raise ValueError(
+                f"`input_ids` have {length} tokens, the model takes at most {config.max_text_length} "
+                "(`text_config.max_text_length`): shorten the text, or tokenize with `truncation=True`."
+            )
+        past_key_values = _as_coca_cache(past_key_values)
+        if output_embedding is None:
+            output_embedding = past_key_values is None
+        add_cls = output_embedding and config.use_cls_token
+        if add_cls and past_key_values is not None and past_key_values.get_seq_length() > 0:
+            raise ValueError("The text embedding needs the whole text: call with `past_key_values=None`.")
+
+        if output_embedding and attention_mask is None:
+            attention_mask = self._real_tokens(input_ids, inputs_embeds.shape[:2], inputs_embeds.device)
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.ndim == 2:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            else:
+                past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+                position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past_length
+        position_ids = position_ids.expand(batch_size, -1)
+        if add_cls:
+            inputs_embeds, position_ids, attention_mask = self._append_cls(
+                inputs_embeds, position_ids, attention_mask.bool(), input_ids
+            )
+        hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
+        mask = create_causal_mask(config, hidden_states, attention_mask, past_key_values=past_key_values)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask, past_key_values=past_key_values, **kwargs)
+
+        pooled = None
+        if add_cls:
+            hidden_states, pooled = hidden_states[:, :length], self.final_layer_norm(hidden_states[:, -1])
+        elif not config.use_cls_token:
+            hidden_states = self.final_layer_norm(hidden_states)
+            if output_embedding:
+                pooled = hidden_states[torch.arange(batch_size), self._eos_position(input_ids, attention_mask)]
+        return CocaTextModelOutput(
+            last_hidden_state=hidden_states, pooler_output=pooled, past_key_values=past_key_values
+        )
+
+    def _eos_position(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(B,): where the first EOS stands, else the last real token."""
+        positions = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
+        last = (positions * attention_mask.long()).argmax(dim=-1)
+        if input_ids is None:
+            return last
+        eos_token_ids = torch.tensor(self.config.eos_token_id, device=input_ids.device).reshape(-1)
+        is_eos = torch.isin(input_ids, eos_token_ids) & attention_mask.bool()
+        return torch.where(is_eos.any(dim=-1), is_eos.long().argmax(dim=-1), last)
+
+
+# --------------------------------------------------------------------------------------------------- the dual encoder
+
+
+def _check_one_image_input(**inputs: torch.Tensor | None) -> None:
+    given = [name for name, value in inputs.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"Give one of {', '.join(f'`{name}`' for name in given)}: each stands for the image.")
+
+
+class CocaModel(CocaPreTrainedModel):
+    """
+    The contrastive half of CoCa: a dual encoder that aligns whole images and texts, and never runs the decoder.
+
+    Either modality alone works, and N texts against one image do.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_coca import CocaConfig, CocaModel
+
+    >>> small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    >>> config = CocaConfig(
+    ...     vision_config={**small, "image_size": 36},
+    ...     text_config={**small, "num_multimodal_layers": 2, "vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98},
+    ...     num_query_tokens=4, projection_dim=32,
+    ... )
+    >>> model = CocaModel(config).eval()
+    >>> input_ids = torch.tensor([[97, 5, 6, 98], [97, 7, 98, 0]])
+    >>> model(input_ids=input_ids, pixel_values=torch.randn(1, 3, 36, 36)).logits_per_image.shape
+    torch.Size([1, 2])
+    ```
+    """
+
+    # A checkpoint of `CocaForConditionalGeneration` opens here without its decoder
+    _keys_to_ignore_on_load_unexpected = [r"^text_decoder\.", r"^lm_head\."]
+
+    def __init__(self, config: CocaConfig):
+        super().__init__(config)
+        self.vision_model = _build_vision_model(config)
+        self.image_pooler = CocaImagePooler(config, _vision_hidden_size(config))
+        self.text_model = CocaTextModel._from_config(config.text_config)
+        self.visual_projection = nn.Linear(self.image_pooler.embedding_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(
+            config.text_config.hidden_size, config.projection_dim, bias=config.text_projection_bias
+        )
+        # Shape (1,): FSDP2 refuses scalars
+        self.logit_scale = nn.Parameter(torch.empty(1))
+        self.logit_bias = nn.Parameter(torch.empty(1)) if config.logit_bias_init_value is not None else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_model.embed_tokens = value
+
+    def encode_image(
+        self,
+        pixel_values: torch.Tensor | None,
+        image_hidden_states: torch.Tensor | None = None,
+        need_embedding: bool = True,
+        need_tokens: bool = True,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, BaseModelOutput]:
+        """
+        One pass over the images.
+
+        Args:
+            pixel_values (`(B, channels, height, width)`): images, or instead of them
+            image_hidden_states (`(B, N, D)`): the image encoder's last hidden states, computed beforehand.
+            need_embedding, need_tokens (`bool`): what to compute.
+
+        Returns:
+            the embedding before normalisation (B, projection_dim), the image tokens for the decoder (B, Q, D), and the image
+            encoder's output.
+        """
+        _check_one_image_input(pixel_values=pixel_values, image_hidden_states=image_hidden_states)
+        if image_hidden_states is None:
+            vision_outputs = _run_vision_model(self.vision_model, pixel_values, interpolate_pos_encoding, **kwargs)
+        else:
+            expected = _vision_hidden_size(self.config)
+            if image_hidden_states.ndim != 3 or image_hidden_states.shape[-1] != expected:
+                raise ValueError(
+                    f"`image_hidden_states` must have shape (batch, tokens, {expected}), got "
+                    f"{tuple(image_hidden_states.shape)}."
+                )
+            vision_outputs = BaseModelOutput(last_hidden_state=image_hidden_states.to(self.dtype))
+        pooled, tokens = self.image_pooler(vision_outputs.last_hidden_state, need_embedding, need_tokens)
+        return None if pooled is None else self.visual_projection(pooled), tokens, vision_outputs
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        image_hidden_states: torch.FloatTensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """
+        Image embeddings. See [`~CocaModel.encode_image`] for the arguments.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `pooler_output` (B, projection_dim) is the projected embedding, not normalised;
+            `last_hidden_state` (B, N, D) are the image encoder's tokens.
+        """
+        kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
+        pooled, _, outputs = self.encode_image(pixel_values, image_hidden_states, need_tokens=False, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=pooled,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """
+        Text embeddings. See [`CocaTextModel.forward`] for the arguments.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `pooler_output` (B, projection_dim) is the projected embedding, not normalised;
+            `last_hidden_state` (B, T, D) are the token states.
+        """
+        outputs = self.text_model(
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, output_embedding=True, **kwargs
+        )
+        outputs.pooler_output = self.text_projection(outputs.pooler_output)
+        return outputs
+
+    def similarity(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        """Scaled similarities (images, texts) of L2-normalised embeddings, as the contrastive loss takes them."""
+        logits = self.logit_scale.exp() * (image_embeds @ text_embeds.to(image_embeds.device).t())
+        return logits if self.logit_bias is None else logits + self.logit_bias
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        image_hidden_states: torch.FloatTensor | None = None,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CocaOutput:
+        """
+        Args:
+            input_ids (`(texts, T)`), attention_mask, position_ids, inputs_embeds: see [`CocaTextModel.forward`].
+            pixel_values (`(images, channels, height, width)`) or image_hidden_states (`(images, N, D)`): see
+                [`~CocaModel.encode_image`].
+            return_loss (`bool`, *optional*): compute the contrastive loss; image `i` then belongs to text `i`.
+
+        Returns:
+            [`CocaOutput`]
+        """
+        has_text = input_ids is not None or inputs_embeds is not None
+        has_image = pixel_values is not None or image_hidden_states is not None
+        if not has_text and not has_image:
+            raise ValueError("Give `input_ids` (or `inputs_embeds`), `pixel_values` (or `image_hidden_states`), or both.")
+        text_outputs = vision_outputs = text_embeds = image_embeds = image_features = None
+        if has_image:
+            image_features, _, vision_outputs = self.encode_image(
+                pixel_values,
+                image_hidden_states,
+                need_tokens=False,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+                **kwargs,
+            )
+            image_embeds = F.normalize(image_features, dim=-1)
+        if has_text:
+            text_outputs = self.get_text_features(
+                input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs
+            )
+            text_embeds = F.normalize(text_outputs.pooler_output, dim=-1)
+
+        loss = logits_per_image = last_hidden_state = pooled = None
+        if has_text and has_image:
+            logits_per_image = self.similarity(image_embeds, text_embeds)
+            if return_loss:
+                loss = contrastive_loss(logits_per_image, self.config.contrastive_loss)
+        else:
+            if return_loss:
+                raise ValueError("`return_loss=True` needs both images and texts.")
+            last_hidden_state = (text_outputs or vision_outputs).last_hidden_state
+            pooled = text_outputs.pooler_output if has_text else image_features
+        return CocaOutput(
+            loss=loss,
+            logits_per_image=logits_per_image,
+            logits_per_text=None if logits_per_image is None else logits_per_image.t(),
+            last_hidden_state=last_hidden_state,
+            pooler_output=pooled,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text_outputs,
+            vision_model_output=vision_outputs,
+        )
+
+
+def _build_vision_model(config: CocaConfig) -> PreTrainedModel:
+    # By name: as remote code this file may meet a config class of another copy of its module
+    if config.vision_config.model_type == "coca_vision_model":
+        return CocaVisionModel._from_config(config.vision_config)
+    return AutoModel.from_config(config.vision_config)
+
+
+def _vision_hidden_size(config: CocaConfig) -> int:
+    """Width of the image encoder's tokens."""
+    vision = config.vision_config
+    if vision.model_type == "timm_wrapper":
+        return _timm_num_features(vision.architecture, tuple(sorted((vision.model_args or {}).items())))
+    sizes = getattr(vision, "hidden_sizes", None)  # convolutional encoders give one for each stage
+    return sizes[-1] if sizes else vision.hidden_size
+
+
+def _timm_num_features(architecture: str, model_args: tuple) -> int:
+    import timm
+
+    with torch.device("meta"):
+        return timm.create_model(architecture, pretrained=False, num_classes=0, **dict(model_args)).num_features
+
+
+def _run_vision_model(
+    vision_model: PreTrainedModel, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool, **kwargs
+) -> BaseModelOutput:
+    """Any vision model's tokens as (B, N, D); feature maps (B, D, height, width) are flattened."""
+    if pixel_values is None:
+        raise ValueError("`pixel_values` are missing (or `image_hidden_states` instead of them).")
+    model_type = vision_model.config.model_type
+    if model_type != "coca_vision_model":
+        kwargs = {k: v for k, v in kwargs.items() if k in ("output_hidden_states", "output_attentions") and v}
+    if model_type == "timm_wrapper":
+        kwargs.pop("output_attentions", None)  # which timm refuses
+        kwargs["do_pooling"] = False
+    if interpolate_pos_encoding:
+        kwargs["interpolate_pos_encoding"] = True
+    outputs = vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
+    if outputs.last_hidden_state.ndim == 4:
+        outputs.last_hidden_state = outputs.last_hidden_state.flatten(2).transpose(1, 2)
+    return outputs
+
+
+# ------------------------------------------------------------------------------------------------------- the captioner
+
+
+class CocaCrossBlock(nn.Module):
+    """The second half of a multimodal layer: attention to the image tokens, then an MLP of its own."""
+
+    def __init__(self, config: CocaTextConfig, kv_size: int, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm_kv = nn.LayerNorm(kv_size, eps=config.layer_norm_eps)
+        self.cross_attn = CocaAttention(
+            config,
+            config.hidden_size,
+            config.num_attention_heads,
+            kv_size=kv_size,
+            layer_idx=layer_idx,
+            dropout=config.attention_dropout,
+        )
+        self.layer_scale1 = _layer_scale(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = CocaMLP(config, config.multimodal_intermediate_size)
+        self.layer_scale2 = _layer_scale(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        is_cached = past_key_values is not None and past_key_values.is_updated.get(self.layer_idx, False)
+        attended, _ = self.cross_attn(
+            self.layer_norm1(hidden_states),
+            key_value_states=None if is_cached else self.layer_norm_kv(encoder_hidden_states),
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + self.dropout(self.layer_scale1(attended))
+        return hidden_states + self.dropout(self.layer_scale2(self.mlp(self.layer_norm2(hidden_states))))
+
+
+class CocaDecoderLayer(GradientCheckpointingLayer):
+    """Multimodal layer. `cache_idx` and `layer_idx` are its places in the self- and in the cross-attention cache."""
+
+    def __init__(self, config: CocaTextConfig, kv_size: int, cache_idx: int, layer_idx: int):
+        super().__init__()
+        self.self_block = CocaLayer(
+            config, is_causal=True, layer_idx=cache_idx, intermediate_size=config.multimodal_intermediate_size
+        )
+        self.cross_block = CocaCrossBlock(config, kv_size, layer_idx)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        hidden_states = self.self_block(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
+        return self.cross_block(hidden_states, encoder_hidden_states, past_key_values=past_key_values, **kwargs)
+
+
+class CocaTextDecoder(CocaPreTrainedModel):
+    """The multimodal stack on top of the unimodal one. It has no embeddings of its own."""
+
+    config: CocaTextConfig
+    input_modalities = ("text",)
+    main_input_name = "inputs_embeds"
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(CocaDecoderLayer, num_hidden_layers_key="num_multimodal_layers"),
+        "attentions": OutputRecorder(CocaAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(CocaAttention, index=1, layer_name="cross_attn"),
+    }
+
+    def __init__(self, config: CocaTextConfig, kv_size: int):
+        super().__init__(config)
+        self.layers = nn.ModuleList(
+            [
+                CocaDecoderLayer(config, kv_size, cache_idx=config.num_unimodal_layers + i, layer_idx=i)
+                for i in range(config.num_multimodal_layers)
+            ]
+        )
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        inputs_embeds: torch.FloatTensor,
+        encoder_hidden_states: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """
+        Args:
+            inputs_embeds (`(B, T, D)`): token states of the unimodal stack.
+            encoder_hidden_states (`(B, Q, D)`, or `(images, Q, D)` with `B / images` texts for each image standing next
+                to each other): image tokens. Not needed once `past_key_values` holds their keys and values.
+            attention_mask (`(B, past + T)`): 1 for tokens, 0 for padding.
+            past_key_values: see [`CocaCache`].
+        """
+        # The unimodal layers have written to the cache already, hence the mask is sized by the first multimodal one
+        mask = create_causal_mask(
+            self.config,
+            inputs_embeds,
+            attention_mask,
+            past_key_values=past_key_values,
+            layer_idx=self.config.num_unimodal_layers,
+        )
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, encoder_hidden_states, mask, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.final_layer_norm(hidden_states), past_key_values=past_key_values
+        )
+
+
+class CocaForConditionalGeneration(CocaPreTrainedModel, GenerationMixin):
+    """
+    The whole CoCa: a [`CocaModel`] with the multimodal decoder on top, trained with both losses in one forward pass.
+
+    Captions and answers come from the stock `generate()`. Images are encoded once an image, whatever the beams, and so
+    are the decoder's keys and values of it.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_coca import CocaConfig, CocaForConditionalGeneration
+
+    >>> small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    >>> config = CocaConfig(
+    ...     vision_config={**small, "image_size": 36},
+    ...     text_config={**small, "num_multimodal_layers": 2, "vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98},
+    ...     num_query_tokens=4, projection_dim=32,
+    ... )
+    >>> model = CocaForConditionalGeneration(config).eval()
+    >>> pixel_values = torch.randn(2, 3, 36, 36)
+    >>> model.generate(pixel_values, max_new_tokens=5, do_sample=False).shape[0]
+    2
+
+    >>> # embedding and caption from one pass over the image
+    >>> features = model.get_image_features(pixel_values)
+    >>> captions = model.generate(encoder_hidden_states=features.pooler_output, max_new_tokens=5)
+    >>> features.image_embeds.shape
+    torch.Size([2, 32])
+
+    >>> # training: both losses from one forward pass
+    >>> input_ids = torch.tensor([[97, 5, 6, 98], [97, 7, 98, 0]])
+    >>> outputs = model(input_ids=input_ids, pixel_values=pixel_values, labels=input_ids.masked_fill(input_ids == 0, -100))
+    >>> bool(outputs.loss == outputs.contrastive_loss + 2 * outputs.caption_loss)
+    True
+    ```
+    """
+
+    main_input_name = "input_ids"  # of `generate`, whose inputs are text and whose images come by keyword
+    _tied_weights_keys = {"lm_head.weight": "model.text_model.embed_tokens.weight"}
+
+    def __init__(self, config: CocaConfig):
+        super().__init__(config)
+        text_config = config.text_config
+        self.model = CocaModel(config)
+        self.text_decoder = CocaTextDecoder._from_config(text_config, kv_size=self.model.image_pooler.token_size)
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        image_hidden_states: torch.FloatTensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CocaImageFeatures:
+        """
+        Image tokens for the decoder and the image embedding, from one pass. See [`CocaModel.encode_image`].
+
+        Returns:
+            [`CocaImageFeatures`]: `pooler_output` (B, Q, D) for `generate(encoder_hidden_states=...)`, and the normalised
+            `image_embeds` (B, projection_dim).
+        """
+        embedding, tokens, outputs = self.model.encode_image(
+            pixel_values, image_hidden_states, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+        )
+        return CocaImageFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=tokens,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            image_embeds=F.normalize(embedding, dim=-1),
+        )
+
+    def get_text_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        """Text embeddings, see [`CocaModel.get_text_features`]."""
+        return self.model.get_text_features(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        image_hidden_states: torch.FloatTensor | None = None,
+        encoder_hidden_states: torch.FloatTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CocaConditionalOutput:
+        """
+        Args:
+            input_ids (`(B, T)`), attention_mask, position_ids, inputs_embeds: see [`CocaTextModel.forward`].
+            pixel_values (`(B, channels, height, width)`), or instead of them
+            image_hidden_states (`(B, N, D)`): the image encoder's last hidden states, computed beforehand (frozen encoder), or
+            encoder_hidden_states (`(B, Q, D)`): image tokens, see [`~CocaForConditionalGeneration.get_image_features`].
+                Without labels, each image may have several texts, which stand next to each other.
+            past_key_values (`Cache`, *optional*): what `generate` has computed before.
+            labels (`(B, T)`, *optional*):
+                Token ids, -100 where there is no captioning loss (padding, a question). Shifted inside. With labels, each loss
+                that has a weight is computed.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*):
+                Logits of the last positions only, 0 for all, or of the positions given. By default all without labels,
+                and none with labels, as the loss does without them.
+
+        Returns:
+            [`CocaConditionalOutput`]
+        """
+        config = self.config
+        _check_one_image_input(
+            pixel_values=pixel_values,
+            image_hidden_states=image_hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+        )
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("Give `input_ids` or `inputs_embeds` (a BOS token alone starts a caption).")
+        has_image = pixel_values is not None or image_hidden_states is not None
+        contrast = labels is not None and config.contrastive_loss_weight > 0
+        caption = labels is None or config.caption_loss_weight > 0
+        if contrast and not has_image:
+            raise ValueError(
+                "The contrastive loss needs `pixel_values` or `image_hidden_states`: give them, or set "
+                "`config.contrastive_loss_weight = 0`."
+            )
+        if use_cache is None:
+            use_cache = config.text_config.use_cache and labels is None and not self.training
+        past_key_values = _as_coca_cache(past_key_values)
+        if past_key_values is None and use_cache:
+            past_key_values = CocaCache(DynamicCache(config=config.text_config), DynamicCache())
+        if has_image:
+            embedding, encoder_hidden_states, _ = self.model.encode_image(
+                pixel_values,
+                image_hidden_states,
+                need_embedding=contrast,
+                need_tokens=caption,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+            )
+        if caption:
+            self._check_image_tokens(
+                encoder_hidden_states, past_key_values, input_ids if inputs_embeds is None else inputs_embeds, labels
+            )
+
+        output_hidden_states = kwargs.pop("output_hidden_states", None)
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        unimodal_states, multimodal_states = self._split_hidden_states_selection(output_hidden_states)
+        text_outputs = self.model.text_model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            output_embedding=contrast,
+            output_hidden_states=unimodal_states,
+            return_dict=True,
+            **kwargs,
+        )
+
+        loss = loss_contrastive = loss_caption = logits = image_embeds = text_embeds = decoder_outputs = None
+        if contrast:
+            image_embeds = F.normalize(embedding, dim=-1)
+            text_embeds = F.normalize(self.model.text_projection(text_outputs.pooler_output), dim=-1)
+            loss_contrastive = contrastive_loss(
+                self.model.similarity(image_embeds, text_embeds), config.contrastive_loss
+            )
+            loss = config.contrastive_loss_weight * loss_contrastive
+        if caption:
+            decoder_outputs = self.text_decoder(
+                text_outputs.last_hidden_state,
+                encoder_hidden_states,
+                attention_mask,
+                past_key_values=past_key_values,
+                output_hidden_states=multimodal_states,
+                return_dict=True,
+                **kwargs,
+            )
+            hidden_states = decoder_outputs.last_hidden_state
+            if labels is not None:
+                loss_caption = caption_loss(
+                    hidden_states,
+                    self.lm_head,
+                    labels,
+                    shift_labels=kwargs.get("shift_labels"),
+                    num_items_in_batch=kwargs.get("num_items_in_batch"),
+                )
+                weighted = config.caption_loss_weight * loss_caption
+                loss = weighted if loss is None else loss + weighted
+            if labels is None or logits_to_keep is not None:
+                keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-(logits_to_keep or 0), None)
+                logits = self.lm_head(hidden_states[:, keep])
+
+        return CocaConditionalOutput(
+            loss=loss,
+            logits=logits,
+            contrastive_loss=loss_contrastive,
+            caption_loss=loss_caption,
+            past_key_values=past_key_values if use_cache else None,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            **self._join_captured(text_outputs, decoder_outputs, input_ids if inputs_embeds is None else inputs_embeds),
+        )
+
+    def _check_image_tokens(
+        self,
+        encoder_hidden_states: torch.Tensor | None,
+        past_key_values: EncoderDecoderCache | None,
+        texts: torch.Tensor,
+        labels: torch.Tensor | None,
+    ) -> None:
+        if past_key_values is not None and past_key_values.is_updated.get(0, False):
+            return
+        if encoder_hidden_states is None:
+            raise ValueError("No image: give `pixel_values`, `image_hidden_states` or `encoder_hidden_states`.")
+        expected = self.model.image_pooler.token_size
+        if encoder_hidden_states.ndim != 3 or encoder_hidden_states.shape[-1] != expected:
+            raise ValueError(
+                f"`encoder_hidden_states` must have shape (batch, image tokens, {expected}), got "
+                f"{tuple(encoder_hidden_states.shape)}."
+            )
+        images, rows = encoder_hidden_states.shape[0], texts.shape[0]
+        if rows % images or (labels is not None and rows != images):
+            raise ValueError(f"There are {images} images for {rows} texts (`input_ids`): each text needs its image.")
+
+    def _split_hidden_states_selection(self, selected: bool | int | list[int] | None) -> tuple[Any, Any]:
+        """`output_hidden_states` may name indices of the joined tuple: those of the unimodal and the multimodal stack."""
+        if selected is None or isinstance(selected, bool):
+            return selected, selected
+        unimodal, total = self.config.text_config.num_unimodal_layers, self.config.text_config.num_hidden_layers + 1
+        indices = {i % total for i in ([selected] if isinstance(selected, int) else selected) if -total <= i < total}
+        # The unimodal stack's last state is the multimodal one's first. An index that exists in no stack selects nothing.
+        return (
+            [i for i in indices if i < unimodal] or [total],
+            [i - unimodal for i in indices if i >= unimodal] or [total],
+        )
+
+    @staticmethod
+    def _join_captured(
+        text_outputs: CocaTextModelOutput, decoder_outputs: ModelOutput | None, texts: torch.Tensor
+    ) -> dict[str, tuple[torch.Tensor | None, ...] | None]:
+        """Hidden states and attentions of both stacks as one model's, without what was appended for the text embedding."""
+        length = texts.shape[1]
+        hidden_states, attentions = text_outputs.hidden_states, text_outputs.attentions
+        if hidden_states is not None:
+            hidden_states = tuple(None if h is None else h[:, :length] for h in hidden_states)
+        if attentions is not None and text_outputs.pooler_output is not None:
+            attentions = tuple(a[:, :, :length, :length] for a in attentions)
+        if decoder_outputs is None:
+            return {"hidden_states": hidden_states, "attentions": attentions}
+        if hidden_states is not None:
+            hidden_states = hidden_states[:-1] + decoder_outputs.hidden_states
+        if attentions is not None:
+            attentions = attentions + decoder_outputs.attentions
+        return {
+            "hidden_states": hidden_states,
+            "attentions": attentions,
+            "cross_attentions": decoder_outputs.cross_attentions,
+        }
+
+    # ------------------------------------------------------------- hooks of `generate`, in the order of their calls
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        if inputs is not None and inputs.ndim == 4 and model_kwargs.get("pixel_values") is None:
+            inputs, model_kwargs = None, {"pixel_values": inputs, **model_kwargs}  # generate(pixel_values)
+        inputs, input_name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        if input_name == "input_ids" and model_kwargs.get("past_key_values") is None:
+            inputs, model_kwargs["attention_mask"] = self._prepare_prompt(inputs, model_kwargs.get("attention_mask"))
+        return inputs, input_name, model_kwargs
+
+    def _prepare_prompt(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        """
+        Prompts as they came from the tokenizer -> prompts that can be continued, padded on the left.
+
+        CLIP tokenizers end every text with EOS, and stock pipelines pass it on. A prompt that ends in EOS is taken as the
+        prompt without it, so `""` starts a caption.
+        """
+        if attention_mask is None:
+            real = self.model.text_model._real_tokens(input_ids, input_ids.shape, input_ids.device)
+        elif attention_mask.shape == input_ids.shape:
+            real = attention_mask.bool()
+        else:
+            raise ValueError(
+                f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}."
+            )
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (columns * real).argmax(dim=-1, keepdim=True)
+        eos_token_ids = torch.tensor(self.generation_config.eos_token_id or [], device=input_ids.device).reshape(-1)
+        ends_in_eos = torch.isin(input_ids.gather(1, last), eos_token_ids) & (real.sum(dim=-1, keepdim=True) > 1)
+        real = real & ~(ends_in_eos & (columns == last))
+        order = real.long().argsort(dim=-1, stable=True)  # padding to the left, tokens in their order
+        first = int(input_ids.shape[1] - real.sum(dim=-1).max())
+        real = real.gather(1, order)[:, first:]
+        input_ids = input_ids.gather(1, order)[:, first:]
+        if self.generation_config.pad_token_id is not None:
+            input_ids = input_ids.masked_fill(~real, self.generation_config.pad_token_id)
+        return input_ids, real.long()
+
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
+        # Made with the prompt. The base class would mask every token with the padding's id, a real one in CLIP's vocabulary.
+        if model_kwargs.get("attention_mask") is not None:
+            return model_kwargs["attention_mask"]
+        return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs, model_input_name, generation_config
+    ):
+        """Images are encoded here, once, before beams multiply the batch."""
+        images = {k: model_kwargs.pop(k, None) for k in ("pixel_values", "image_hidden_states")}
+        interpolate_pos_encoding = model_kwargs.pop("interpolate_pos_encoding", False)
+        _check_one_image_input(**images, encoder_hidden_states=model_kwargs.get("encoder_hidden_states"))
+        past_key_values = _as_coca_cache(model_kwargs.get("past_key_values"))
+        has_image_cache = past_key_values is not None and past_key_values.is_updated.get(0, False)
+        if any(value is not None for value in images.values()) and not has_image_cache:
+            _, model_kwargs["encoder_hidden_states"], _ = self.model.encode_image(
+                **images, need_embedding=False, interpolate_pos_encoding=interpolate_pos_encoding
+            )
+        self._check_image_tokens(model_kwargs.get("encoder_hidden_states"), past_key_values, inputs_tensor, None)
+        return model_kwargs
+
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, encoder_hidden_states=None, **model_kwargs
+    ):
+        """Image tokens stay one set an image: the beams of an image share them, see [`CocaAttention`]."""
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if encoder_hidden_states is not None:
+            model_kwargs["encoder_hidden_states"] = encoder_hidden_states
+        return input_ids, model_kwargs
+
+    def _prepare_generated_length(self, generation_config, has_default_max_length, input_ids_length, **kwargs):
+        """Generation ends with the context, there being no positions after it; that is also the default length."""
+        limit = self.config.text_config.max_text_length
+        if has_default_max_length and generation_config.max_new_tokens is None:
+            generation_config.max_new_tokens = max(limit - input_ids_length, 0)
+        generation_config = super()._prepare_generated_length(
+            generation_config=generation_config,
+            has_default_max_length=has_default_max_length,
+            input_ids_length=input_ids_length,
+            **kwargs,
+        )
+        if input_ids_length >= limit:
+            raise ValueError(
+                f"The prompt has {input_ids_length} tokens, the model's context is {limit} "
+                "(`text_config.max_text_length`): shorten the prompt."
+            )
+        if generation_config.max_length > limit:
+            logger.info(f"Generation stops at the model's context of {limit} tokens.")
+            generation_config.max_length = limit
+        return generation_config
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        cache = model_kwargs.get("past_key_values")
+        if cache is None or isinstance(cache, CocaCache):
+            return
+        if isinstance(cache, EncoderDecoderCache):  # a user's: beams must not reorder its cross-attention half
+            model_kwargs["past_key_values"] = CocaCache(cache.self_attention_cache, cache.cross_attention_cache)
+            return
+        cross_attention_cache = DynamicCache()
+        if isinstance(cache, StaticCache) and model_kwargs.get("encoder_hidden_states") is not None:
+            text_config = self.config.text_config
+            cross_config = type(text_config).from_dict(
+                {**text_config.to_dict(), "num_hidden_layers": text_config.num_multimodal_layers}
+            )
+            num_image_tokens = model_kwargs["encoder_hidden_states"].shape[1]
+            cross_attention_cache = StaticCache(config=cross_config, max_cache_len=num_image_tokens)
+        model_kwargs["past_key_values"] = CocaCache(cache, cross_attention_cache)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, is_first_iteration=False, inputs_embeds=None, encoder_hidden_states=None, **kwargs
+    ):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if encoder_hidden_states is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+            model_inputs["encoder_hidden_states"] = encoder_hidden_states
+        return model_inputs
+
+
+class CocaForImageClassification(CocaPreTrainedModel):
+    """
+    CoCa's image encoder with a new one-query attentional pooler and a linear head: the paper's frozen-feature evaluation
+    (freeze `vision_model`, see `modeling_coca.training.freeze`), or fine-tuning.
+
+    Opens checkpoints of [`CocaModel`] and [`CocaForConditionalGeneration`]; pooler and head are new then.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_coca import CocaConfig, CocaForImageClassification
+
+    >>> config = CocaConfig(
+    ...     vision_config={
+    ...         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 36
+    ...     },
+    ...     num_labels=3,
+    ... )
+    >>> CocaForImageClassification(config)(torch.randn(2, 3, 36, 36), labels=torch.tensor([0, 2])).logits.shape
+    torch.Size([2, 3])
+    ```
+    """
+
+    input_modalities = ("image",)
+    _keys_to_ignore_on_load_unexpected = [
+        r"^text_decoder\.",
+        r"^lm_head\.",
+        r"image_pooler\.",
+        r"text_model\.",
+        r"(visual|text)_projection\.",
+        r"logit_(scale|bias)$",
+    ]
+
+    def __init__(self, config: CocaConfig):
+        super().__init__(config)
+        self.vision_model = _build_vision_model(config)
+        self.pooler = CocaAttentionalPooler(config, 1, _vision_hidden_size(config), output_norm=True)
+        self.classifier = nn.Linear(config.pooler_hidden_size, config.num_labels)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        image_hidden_states: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """
+        Args:
+            pixel_values (`(B, channels, height, width)`): images, or instead of them
+            image_hidden_states (`(B, N, D)`): the image encoder's last hidden states, computed beforehand.
+            labels (`(B,)`, *optional*): class indices; with `config.problem_type` "regression" or
+                "multi_label_classification" as in any transformers classifier.
+
+        Returns:
+            `ImageClassifierOutput`: `logits` (B, `config.num_labels`) and, with labels, `loss`.
+        """
+        _check_one_image_input(pixel_values=pixel_values, image_hidden_states=image_hidden_states)
+        if image_hidden_states is None:
+            outputs = _run_vision_model(self.vision_model, pixel_values, interpolate_pos_encoding, **kwargs)
+        else:
+            outputs = BaseModelOutput(last_hidden_state=image_hidden_states)
+        pooled, _ = self.pooler(outputs.last_hidden_state)
+        logits = self.classifier(pooled[:, 0])
+        return ImageClassifierOutput(
+            loss=None if labels is None else self.loss_function(labels, logits, self.config),
+            logits=logits,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+
+__all__ = [
+    "CocaForConditionalGeneration",
+    "CocaForImageClassification",
+    "CocaModel",
+    "CocaPreTrainedModel",
+    "CocaTextModel",
+    "CocaVisionModel",
+]

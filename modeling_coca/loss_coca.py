@@ -135,13 +135,15 @@ def contrastive_loss(logits_per_image: torch.Tensor, kind: str = "softmax") -> t
             arXiv 2103.00020); `"sigmoid"`: each pair on its own, summed over the texts of an image (SigLIP, arXiv 2303.15343).
 
     Returns:
-        `torch.Tensor`: scalar, fp32.
+        `torch.Tensor`: scalar, fp32; 0 where there are no pairs.
     """
     logits = logits_per_image.float()
     if logits.shape[0] != logits.shape[1]:
         raise ValueError(
             f"The contrastive loss needs one text for each image, got {logits.shape[0]} images and {logits.shape[1]} texts."
         )
+    if not len(logits):
+        return logits.sum()  # no pairs: 0, and gradients of 0
     if kind == "sigmoid":
         signs = 2 * torch.eye(len(logits), device=logits.device) - 1
         return -F.logsigmoid(signs * logits).sum(dim=-1).mean()

@@ -13,8 +13,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
-from transformers.generation import GenerationMixin
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -25,15 +24,13 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, logging
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_coca import CocaConfig, CocaTextConfig, CocaVisionConfig
+from .generation_coca import CocaCache, CocaGenerationMixin, as_coca_cache, check_one_image_input, real_tokens
 from .loss_coca import caption_loss, contrastive_loss
-
-
-logger = logging.get_logger(__name__)
 
 
 # ----------------------------------------------------------------------------------------------------------- outputs
@@ -127,21 +124,6 @@ class CocaConditionalOutput(ModelOutput):
 
 
 # -------------------------------------------------------------------------------------------------- attention and MLP
-
-
-class CocaCache(EncoderDecoderCache):
-    """
-    Self-attention keys and values for each sequence, cross-attention ones for each *image*.
-
-    All beams of an image attend to the same keys and values (see [`CocaAttention`]), so beam search has nothing to copy
-    or reorder in the cross-attention half.
-    """
-
-    def reorder_cache(self, beam_idx: torch.LongTensor):
-        self.self_attention_cache.reorder_cache(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int):
-        self.self_attention_cache.batch_repeat_interleave(repeats)
 
 
 def eager_attention_forward(
@@ -592,13 +574,6 @@ class CocaVisionModel(CocaPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
 
-def _as_coca_cache(past_key_values: Cache | None) -> EncoderDecoderCache | None:
-    """A bare self-attention cache gets its cross-attention half."""
-    if past_key_values is None or isinstance(past_key_values, EncoderDecoderCache):
-        return past_key_values
-    return CocaCache(past_key_values, DynamicCache())
-
-
 class CocaTextModel(CocaPreTrainedModel):
     """
     The unimodal text stack: causal, with [CLS] appended after the last token.
@@ -642,13 +617,6 @@ class CocaTextModel(CocaPreTrainedModel):
         )
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
-
-    def _real_tokens(self, input_ids: torch.Tensor | None, shape: torch.Size, device: torch.device) -> torch.Tensor:
-        """(B, T) of bool, for a caller who gave no mask: what is not in a run of padding at either end."""
-        if input_ids is None or self.config.pad_token_id is None:
-            return torch.ones(shape, dtype=torch.bool, device=device)
-        is_token = input_ids != self.config.pad_token_id
-        return (is_token.cumsum(-1) > 0) & (is_token.flip(-1).cumsum(-1).flip(-1) > 0)
 
     def _append_cls(
         self, embeds: torch.Tensor, position_ids: torch.Tensor, real: torch.Tensor, input_ids: torch.Tensor | None
@@ -718,7 +686,7 @@ class CocaTextModel(CocaPreTrainedModel):
                 f"`input_ids` have {length} tokens, the model takes at most {config.max_text_length} "
                 "(`text_config.max_text_length`): shorten the text, or tokenize with `truncation=True`."
             )
-        past_key_values = _as_coca_cache(past_key_values)
+        past_key_values = as_coca_cache(past_key_values)
         if output_embedding is None:
             output_embedding = past_key_values is None
         add_cls = output_embedding and config.use_cls_token
@@ -726,7 +694,10 @@ class CocaTextModel(CocaPreTrainedModel):
             raise ValueError("The text embedding needs the whole text: call with `past_key_values=None`.")
 
         if output_embedding and attention_mask is None:
-            attention_mask = self._real_tokens(input_ids, inputs_embeds.shape[:2], inputs_embeds.device)
+            if input_ids is None:
+                attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.bool)
+            else:
+                attention_mask = real_tokens(input_ids, config.pad_token_id)
         if position_ids is None:
             if attention_mask is not None and attention_mask.ndim == 2:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
@@ -766,12 +737,6 @@ class CocaTextModel(CocaPreTrainedModel):
 
 
 # --------------------------------------------------------------------------------------------------- the dual encoder
-
-
-def _check_one_image_input(**inputs: torch.Tensor | None) -> None:
-    given = [name for name, value in inputs.items() if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"Give one of {', '.join(f'`{name}`' for name in given)}: each stands for the image.")
 
 
 class CocaModel(CocaPreTrainedModel):
@@ -843,7 +808,7 @@ class CocaModel(CocaPreTrainedModel):
             the embedding before normalisation (B, projection_dim), the image tokens for the decoder (B, Q, D), and the image
             encoder's output.
         """
-        _check_one_image_input(pixel_values=pixel_values, image_hidden_states=image_hidden_states)
+        check_one_image_input(pixel_values=pixel_values, image_hidden_states=image_hidden_states)
         if image_hidden_states is None:
             vision_outputs = _run_vision_model(self.vision_model, pixel_values, interpolate_pos_encoding, **kwargs)
         else:
@@ -934,7 +899,9 @@ class CocaModel(CocaPreTrainedModel):
         has_text = input_ids is not None or inputs_embeds is not None
         has_image = pixel_values is not None or image_hidden_states is not None
         if not has_text and not has_image:
-            raise ValueError("Give `input_ids` (or `inputs_embeds`), `pixel_values` (or `image_hidden_states`), or both.")
+            raise ValueError(
+                "Give `input_ids` (or `inputs_embeds`), `pixel_values` (or `image_hidden_states`), or both."
+            )
         text_outputs = vision_outputs = text_embeds = image_embeds = image_features = None
         if has_image:
             image_features, _, vision_outputs = self.encode_image(
@@ -1139,7 +1106,7 @@ class CocaTextDecoder(CocaPreTrainedModel):
         )
 
 
-class CocaForConditionalGeneration(CocaPreTrainedModel, GenerationMixin):
+class CocaForConditionalGeneration(CocaPreTrainedModel, CocaGenerationMixin):
     """
     The whole CoCa: a [`CocaModel`] with the multimodal decoder on top, trained with both losses in one forward pass.
 
@@ -1236,6 +1203,7 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        contrastive_mask: torch.BoolTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
@@ -1252,6 +1220,9 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, GenerationMixin):
             labels (`(B, T)`, *optional*):
                 Token ids, -100 where there is no captioning loss (padding, a question). Shifted inside. With labels, each loss
                 that has a weight is computed.
+            contrastive_mask (`(B,)` of bool, *optional*):
+                Which rows are pairs for the contrastive loss, by default all. Questions with answers, which describe no whole
+                image, can so be mixed with captions.
             logits_to_keep (`int` or `torch.Tensor`, *optional*):
                 Logits of the last positions only, 0 for all, or of the positions given. By default all without labels,
                 and none with labels, as the loss does without them.
@@ -1260,7 +1231,7 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, GenerationMixin):
             [`CocaConditionalOutput`]
         """
         config = self.config
-        _check_one_image_input(
+        check_one_image_input(
             pixel_values=pixel_values,
             image_hidden_states=image_hidden_states,
             encoder_hidden_states=encoder_hidden_states,
@@ -1277,7 +1248,7 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, GenerationMixin):
             )
         if use_cache is None:
             use_cache = config.text_config.use_cache and labels is None and not self.training
-        past_key_values = _as_coca_cache(past_key_values)
+        past_key_values = as_coca_cache(past_key_values)
         if past_key_values is None and use_cache:
             past_key_values = CocaCache(DynamicCache(config=config.text_config), DynamicCache())
         if has_image:
@@ -1313,9 +1284,9 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, GenerationMixin):
         if contrast:
             image_embeds = F.normalize(embedding, dim=-1)
             text_embeds = F.normalize(self.model.text_projection(text_outputs.pooler_output), dim=-1)
-            loss_contrastive = contrastive_loss(
-                self.model.similarity(image_embeds, text_embeds), config.contrastive_loss
-            )
+            pairs = slice(None) if contrastive_mask is None else contrastive_mask.bool()
+            similarity = self.model.similarity(image_embeds[pairs], text_embeds[pairs])
+            loss_contrastive = contrastive_loss(similarity, config.contrastive_loss)
             loss = config.contrastive_loss_weight * loss_contrastive
         if caption:
             decoder_outputs = self.text_decoder(
@@ -1339,7 +1310,9 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, GenerationMixin):
                 weighted = config.caption_loss_weight * loss_caption
                 loss = weighted if loss is None else loss + weighted
             if labels is None or logits_to_keep is not None:
-                keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-(logits_to_keep or 0), None)
+                keep = (
+                    logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-(logits_to_keep or 0), None)
+                )
                 logits = self.lm_head(hidden_states[:, keep])
 
         return CocaConditionalOutput(
@@ -1353,27 +1326,6 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, GenerationMixin):
             encoder_hidden_states=encoder_hidden_states,
             **self._join_captured(text_outputs, decoder_outputs, input_ids if inputs_embeds is None else inputs_embeds),
         )
-
-    def _check_image_tokens(
-        self,
-        encoder_hidden_states: torch.Tensor | None,
-        past_key_values: EncoderDecoderCache | None,
-        texts: torch.Tensor,
-        labels: torch.Tensor | None,
-    ) -> None:
-        if past_key_values is not None and past_key_values.is_updated.get(0, False):
-            return
-        if encoder_hidden_states is None:
-            raise ValueError("No image: give `pixel_values`, `image_hidden_states` or `encoder_hidden_states`.")
-        expected = self.model.image_pooler.token_size
-        if encoder_hidden_states.ndim != 3 or encoder_hidden_states.shape[-1] != expected:
-            raise ValueError(
-                f"`encoder_hidden_states` must have shape (batch, image tokens, {expected}), got "
-                f"{tuple(encoder_hidden_states.shape)}."
-            )
-        images, rows = encoder_hidden_states.shape[0], texts.shape[0]
-        if rows % images or (labels is not None and rows != images):
-            raise ValueError(f"There are {images} images for {rows} texts (`input_ids`): each text needs its image.")
 
     def _split_hidden_states_selection(self, selected: bool | int | list[int] | None) -> tuple[Any, Any]:
         """`output_hidden_states` may name indices of the joined tuple: those of the unimodal and the multimodal stack."""
@@ -1409,133 +1361,6 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, GenerationMixin):
             "attentions": attentions,
             "cross_attentions": decoder_outputs.cross_attentions,
         }
-
-    # ------------------------------------------------------------- hooks of `generate`, in the order of their calls
-
-    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
-        if inputs is not None and inputs.ndim == 4 and model_kwargs.get("pixel_values") is None:
-            inputs, model_kwargs = None, {"pixel_values": inputs, **model_kwargs}  # generate(pixel_values)
-        inputs, input_name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
-        if input_name == "input_ids" and model_kwargs.get("past_key_values") is None:
-            inputs, model_kwargs["attention_mask"] = self._prepare_prompt(inputs, model_kwargs.get("attention_mask"))
-        return inputs, input_name, model_kwargs
-
-    def _prepare_prompt(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.LongTensor, torch.Tensor]:
-        """
-        Prompts as they came from the tokenizer -> prompts that can be continued, padded on the left.
-
-        CLIP tokenizers end every text with EOS, and stock pipelines pass it on. A prompt that ends in EOS is taken as the
-        prompt without it, so `""` starts a caption.
-        """
-        if attention_mask is None:
-            real = self.model.text_model._real_tokens(input_ids, input_ids.shape, input_ids.device)
-        elif attention_mask.shape == input_ids.shape:
-            real = attention_mask.bool()
-        else:
-            raise ValueError(
-                f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got "
-                f"{tuple(attention_mask.shape)}."
-            )
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-        last = (columns * real).argmax(dim=-1, keepdim=True)
-        eos_token_ids = torch.tensor(self.generation_config.eos_token_id or [], device=input_ids.device).reshape(-1)
-        ends_in_eos = torch.isin(input_ids.gather(1, last), eos_token_ids) & (real.sum(dim=-1, keepdim=True) > 1)
-        real = real & ~(ends_in_eos & (columns == last))
-        order = real.long().argsort(dim=-1, stable=True)  # padding to the left, tokens in their order
-        first = int(input_ids.shape[1] - real.sum(dim=-1).max())
-        real = real.gather(1, order)[:, first:]
-        input_ids = input_ids.gather(1, order)[:, first:]
-        if self.generation_config.pad_token_id is not None:
-            input_ids = input_ids.masked_fill(~real, self.generation_config.pad_token_id)
-        return input_ids, real.long()
-
-    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
-        # Made with the prompt. The base class would mask every token with the padding's id, a real one in CLIP's vocabulary.
-        if model_kwargs.get("attention_mask") is not None:
-            return model_kwargs["attention_mask"]
-        return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
-
-    def _maybe_prepare_encoder_kwargs_for_generation(
-        self, inputs_tensor, model_kwargs, model_input_name, generation_config
-    ):
-        """Images are encoded here, once, before beams multiply the batch."""
-        images = {k: model_kwargs.pop(k, None) for k in ("pixel_values", "image_hidden_states")}
-        interpolate_pos_encoding = model_kwargs.pop("interpolate_pos_encoding", False)
-        _check_one_image_input(**images, encoder_hidden_states=model_kwargs.get("encoder_hidden_states"))
-        past_key_values = _as_coca_cache(model_kwargs.get("past_key_values"))
-        has_image_cache = past_key_values is not None and past_key_values.is_updated.get(0, False)
-        if any(value is not None for value in images.values()) and not has_image_cache:
-            _, model_kwargs["encoder_hidden_states"], _ = self.model.encode_image(
-                **images, need_embedding=False, interpolate_pos_encoding=interpolate_pos_encoding
-            )
-        self._check_image_tokens(model_kwargs.get("encoder_hidden_states"), past_key_values, inputs_tensor, None)
-        return model_kwargs
-
-    def _expand_inputs_for_generation(
-        self, expand_size=1, is_encoder_decoder=False, input_ids=None, encoder_hidden_states=None, **model_kwargs
-    ):
-        """Image tokens stay one set an image: the beams of an image share them, see [`CocaAttention`]."""
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
-        if encoder_hidden_states is not None:
-            model_kwargs["encoder_hidden_states"] = encoder_hidden_states
-        return input_ids, model_kwargs
-
-    def _prepare_generated_length(self, generation_config, has_default_max_length, input_ids_length, **kwargs):
-        """Generation ends with the context, there being no positions after it; that is also the default length."""
-        limit = self.config.text_config.max_text_length
-        if has_default_max_length and generation_config.max_new_tokens is None:
-            generation_config.max_new_tokens = max(limit - input_ids_length, 0)
-        generation_config = super()._prepare_generated_length(
-            generation_config=generation_config,
-            has_default_max_length=has_default_max_length,
-            input_ids_length=input_ids_length,
-            **kwargs,
-        )
-        if input_ids_length >= limit:
-            raise ValueError(
-                f"The prompt has {input_ids_length} tokens, the model's context is {limit} "
-                "(`text_config.max_text_length`): shorten the prompt."
-            )
-        if generation_config.max_length > limit:
-            logger.info(f"Generation stops at the model's context of {limit} tokens.")
-            generation_config.max_length = limit
-        return generation_config
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-        cache = model_kwargs.get("past_key_values")
-        if cache is None or isinstance(cache, CocaCache):
-            return
-        if isinstance(cache, EncoderDecoderCache):  # a user's: beams must not reorder its cross-attention half
-            model_kwargs["past_key_values"] = CocaCache(cache.self_attention_cache, cache.cross_attention_cache)
-            return
-        cross_attention_cache = DynamicCache()
-        if isinstance(cache, StaticCache) and model_kwargs.get("encoder_hidden_states") is not None:
-            text_config = self.config.text_config
-            cross_config = type(text_config).from_dict(
-                {**text_config.to_dict(), "num_hidden_layers": text_config.num_multimodal_layers}
-            )
-            num_image_tokens = model_kwargs["encoder_hidden_states"].shape[1]
-            cross_attention_cache = StaticCache(config=cross_config, max_cache_len=num_image_tokens)
-        model_kwargs["past_key_values"] = CocaCache(cache, cross_attention_cache)
-
-    def prepare_inputs_for_generation(
-        self, input_ids, *args, is_first_iteration=False, inputs_embeds=None, encoder_hidden_states=None, **kwargs
-    ):
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
-        )
-        if encoder_hidden_states is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
-            model_inputs["encoder_hidden_states"] = encoder_hidden_states
-        return model_inputs
 
 
 class CocaForImageClassification(CocaPreTrainedModel):
@@ -1601,7 +1426,7 @@ class CocaForImageClassification(CocaPreTrainedModel):
         Returns:
             `ImageClassifierOutput`: `logits` (B, `config.num_labels`) and, with labels, `loss`.
         """
-        _check_one_image_input(pixel_values=pixel_values, image_hidden_states=image_hidden_states)
+        check_one_image_input(pixel_values=pixel_values, image_hidden_states=image_hidden_states)
         if image_hidden_states is None:
             outputs = _run_vision_model(self.vision_model, pixel_values, interpolate_pos_encoding, **kwargs)
         else:

@@ -93,6 +93,10 @@ class CocaVisionConfig(PreTrainedConfig):
         _require_divisible(self, "hidden_size", "num_attention_heads")
         _require_probability(self, "attention_dropout", "patch_dropout")
         _require(
+            isinstance(self.image_size, int) or len(self.image_size) == 2,
+            f"`image_size` must be an int or [height, width], got {self.image_size}.",
+        )
+        _require(
             min(_image_hw(self.image_size)) >= self.patch_size,
             f"`image_size` ({self.image_size}) must be at least one patch (`patch_size` = {self.patch_size}).",
         )
@@ -175,7 +179,14 @@ class CocaTextConfig(PreTrainedConfig):
     def validate_architecture(self):
         super().validate_architecture()
         _require_at_least(
-            self, 1, "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_multimodal_layers"
+            self,
+            1,
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "multimodal_intermediate_size",
+            "num_attention_heads",
+            "num_multimodal_layers",
         )
         _require_divisible(self, "hidden_size", "num_attention_heads")
         _require_probability(self, "attention_dropout", "dropout")
@@ -314,7 +325,9 @@ class CocaConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        _require_at_least(self, 1, "projection_dim", "num_query_tokens", "num_pooler_attention_heads")
+        _require_at_least(
+            self, 1, "projection_dim", "num_query_tokens", "num_pooler_attention_heads", "pooler_hidden_size"
+        )
         _require_at_least(self, 0, "contrastive_loss_weight", "caption_loss_weight")
         _require(
             self.contrastive_loss_weight > 0 or self.caption_loss_weight > 0,

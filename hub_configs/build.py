@@ -1,0 +1,261 @@
+"""Writes the folders beside this file, one for each model size: `python hub_configs/build.py` (needs jinja2).
+
+All that tells one size from another stands in `MODELS`. The card is rendered from `card_template.md`, with parameters
+counted on the model itself.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+import modeling_coca
+
+
+FOLDER = Path(__file__).parent
+
+# CLIP's byte-level BPE; a vocabulary that CocaTokenizer learns has <pad>, BOS and EOS as ids 0, 1 and 2
+CLIP_IDS = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 0}
+LEARNED_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+@dataclass
+class HubModel:
+    """
+    Args:
+        origin: Whose model this is, in a sentence or two for the card.
+        config: Arguments of `CocaConfig`.
+        notes: What a user should know, one paragraph each: choices made here, differences from the original.
+        published: Its parameters as the source gives them, for the card and the test.
+    """
+
+    origin: str
+    config: dict
+    notes: list[str] = field(default_factory=list)
+    published: str | None = None
+
+
+def vit(hidden_size: int, num_hidden_layers: int, num_attention_heads: int, **kwargs) -> dict:
+    return {
+        "model_type": "coca_vision_model",
+        "hidden_size": hidden_size,
+        "intermediate_size": 4 * hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        **kwargs,
+    }
+
+
+def text(hidden_size: int, num_unimodal_layers: int, num_multimodal_layers: int, num_attention_heads: int, **kwargs):
+    return {
+        "model_type": "coca_text_model",
+        "hidden_size": hidden_size,
+        "intermediate_size": 4 * hidden_size,
+        "num_hidden_layers": num_unimodal_layers + num_multimodal_layers,
+        "num_multimodal_layers": num_multimodal_layers,
+        "num_attention_heads": num_attention_heads,
+        **kwargs,
+    }
+
+
+def paper_model(
+    name: str, published: str, vision_config: dict, text_config: dict, published_gap: str = ""
+) -> HubModel:
+    vision_config |= {"image_size": 288, "patch_size": 18, "use_class_token": False, "use_pre_layernorm": False}
+    return HubModel(
+        origin=f"{name} of the paper [CoCa: Contrastive Captioners are Image-Text Foundation Models]"
+        "(https://arxiv.org/abs/2205.01917). Its weights were never released.",
+        config={
+            "vision_config": vision_config,
+            "text_config": {
+                **text_config,
+                "multimodal_intermediate_size": text_config["intermediate_size"] // 2,
+                "vocab_size": 64000,
+                "max_position_embeddings": 77,
+                **LEARNED_IDS,
+            },
+            "projection_dim": text_config["hidden_size"],
+            "pooler_type": "cascade",
+            "num_query_tokens": 256,
+            "num_pooler_attention_heads": text_config["num_attention_heads"],
+            "image_layer_norm": "encoder",
+        },
+        published=published,
+        notes=[
+            "The image side is 256 patches without a class token, then the cascade of a 256-query and a one-query "
+            "pooler. Input and output embeddings of the 64,000 tokens are not tied, and as many layers are unimodal as "
+            "multimodal: with these two the paper's sizes come out.",
+            "A multimodal layer has two MLPs here, after its self-attention and after its cross-attention, as in "
+            "open_clip. The paper's sizes have room for one, so both are half as wide "
+            "(`multimodal_intermediate_size`). The published numbers come out without the poolers and projections"
+            f"{published_gap}.",
+            "Chosen here, as nothing to the contrary is known: the width of the embedding space, the heads of the "
+            "poolers, 76 text tokens, and the ids of the special tokens.",
+        ],
+    )
+
+
+def open_clip_model(name: str, published: str, image_size: int, weights: bool, **config) -> HubModel:
+    config["text_config"] |= {"max_position_embeddings": 77, "shifted_cls_mask": True, **CLIP_IDS}
+    config["vision_config"] |= {"image_size": image_size}
+    released = (
+        "Convert its released weights with `modeling_coca.conversion.load_open_clip_folder`."
+        if weights
+        else "No weights of it were released."
+    )
+    return HubModel(
+        origin=f"`{name}` of [open_clip](https://github.com/mlfoundations/open_clip). {released}",
+        config=config,
+        published=published,
+        notes=[
+            "open_clip trained with a padding mask that is off by one (`shifted_cls_mask`). Keep it for open_clip's "
+            "weights, and set it to `false` to train from scratch."
+        ],
+    )
+
+
+MODELS = {
+    "coca-base": paper_model("CoCa-Base", "383M", vit(768, 12, 12), text(768, 12, 12, 12)),
+    "coca-large": paper_model("CoCa-Large", "787M", vit(1024, 24, 16), text(1024, 12, 12, 16)),
+    "coca-2b": paper_model(
+        "CoCa",
+        "2.1B",
+        vit(1408, 40, 16, intermediate_size=6144),
+        text(1408, 18, 18, 16),
+        published_gap=" to within 4 % (the text stacks, published as 1.1B, come out at 1.18B)",
+    ),
+    "coca-vit-b-32": open_clip_model(
+        "coca_ViT-B-32",
+        "253.56M",
+        224,
+        weights=True,
+        vision_config=vit(768, 12, 12, patch_size=32),
+        text_config=text(512, 12, 12, 8),
+        projection_dim=512,
+        pooler_type="shared",
+        num_query_tokens=255,
+    ),
+    "coca-vit-l-14": open_clip_model(
+        "coca_ViT-L-14",
+        "638.45M",
+        224,
+        weights=True,
+        vision_config=vit(1024, 24, 16, patch_size=14),
+        text_config=text(768, 12, 12, 12),
+        projection_dim=768,
+        pooler_type="shared",
+        num_query_tokens=255,
+    ),
+    "open-clip-coca-base": open_clip_model(
+        "coca_base",
+        "440.3M",
+        288,
+        weights=False,
+        vision_config=vit(768, 12, 12, patch_size=18),
+        text_config=text(768, 12, 12, 12, vocab_size=64000),
+        projection_dim=512,
+        pooler_type="none",
+        image_layer_norm="encoder",
+    ),
+    "coca-frozen-vit-large": HubModel(
+        origin="A CoCa on a frozen image encoder: a ViT of width 1024 gives the image tokens, and only poolers and text "
+        "stacks, of width 512, are trained. The layout is that of "
+        "[lucidrains' CoCa-pytorch](https://github.com/lucidrains/CoCa-pytorch).",
+        config={
+            "vision_config": vit(1024, 24, 16, image_size=288, patch_size=18),
+            "text_config": text(512, 6, 6, 8, vocab_size=20000, max_position_embeddings=401, **LEARNED_IDS),
+            "projection_dim": 512,
+            "pooler_type": "shared",
+            "num_query_tokens": 256,
+        },
+        notes=[
+            "One pooler has 257 queries: query 0 gives the image embedding, the other 256 go to the decoder. A text "
+            "holds up to 400 tokens.",
+            "Put any pretrained encoder in the place of `vision_config` and freeze it: "
+            "`from modeling_coca.training import freeze; freeze(model, ['vision_model'])`.",
+        ],
+    ),
+    "coca-tiny": HubModel(
+        origin="A CoCa that fits in a unit test. It has the paper's layout.",
+        config={
+            "vision_config": vit(32, 2, 4, image_size=32, patch_size=8),
+            "text_config": text(32, 2, 2, 4, vocab_size=512, max_position_embeddings=17, **LEARNED_IDS),
+            "projection_dim": 24,
+            "pooler_type": "cascade",
+            "num_query_tokens": 6,
+            "num_pooler_attention_heads": 4,
+        },
+    ),
+}
+
+
+def count_parameters(config: modeling_coca.CocaConfig) -> dict[str, int]:
+    """Parameters by part, without allocating them."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    parts = {
+        "image encoder": [model.model.vision_model],
+        "poolers": [model.model.image_pooler],
+        "unimodal text layers": [model.model.text_model],
+        "multimodal text layers": [model.text_decoder],
+        "output embedding": [model.lm_head],
+    }
+    counts = {part: sum(p.numel() for module in modules for p in module.parameters()) for part, modules in parts.items()}
+    total = sum(p.numel() for p in model.parameters())
+    return {**counts, "projections and temperature": total - sum(counts.values()), "all": total}
+
+
+def readable(count: int) -> str:
+    return f"{count / 1e6:,.2f}M" if count >= 1e6 else f"{count:,}"
+
+
+def render(name: str) -> dict[str, str]:
+    """File name -> content, of one folder."""
+    model = MODELS[name]
+    config = modeling_coca.CocaConfig(**model.config)
+    image_size = config.vision_config.image_size
+    ids = {key: getattr(config.text_config, key) for key in CLIP_IDS}
+    files = {
+        "config.json": {"architectures": ["CocaForConditionalGeneration"], "model_type": "coca", **model.config},
+        "generation_config.json": ids,
+        "processor_config.json": {
+            "image_processor": {
+                "crop_size": {"height": image_size, "width": image_size},
+                "image_processor_type": "CocaImageProcessor",
+                "size": {"shortest_edge": image_size},
+            },
+            "processor_class": "CocaProcessor",
+        },
+    }
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined).from_string(
+        (FOLDER / "card_template.md").read_text(encoding="utf-8")
+    )
+    grid = config.vision_config.grid_size
+    card = template.render(
+        name=name,
+        model=model,
+        config=config,
+        vision=config.vision_config,
+        text=config.text_config,
+        patches=grid[0] * grid[1],
+        parameters={part: readable(count) for part, count in count_parameters(config).items()},
+    )
+    return {
+        **{file: json.dumps(content, indent=2) + "\n" for file, content in files.items()},
+        "README.md": card.rstrip() + "\n",
+    }
+
+
+def main():
+    for name in MODELS:
+        (FOLDER / name).mkdir(exist_ok=True)
+        for file, content in render(name).items():
+            (FOLDER / name / file).write_text(content, encoding="utf-8")
+        print(name, readable(count_parameters(AutoConfig.from_pretrained(FOLDER / name))["all"]))
+
+
+if __name__ == "__main__":
+    main()

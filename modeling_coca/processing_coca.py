@@ -1,0 +1,62 @@
+"""CoCa's processor: images and texts to the model's inputs, and generated ids back to text."""
+
+from transformers.processing_utils import ProcessorMixin
+
+# CoCa continues a text; it holds no conversation. What was said so far is the prompt, and the image takes no tokens.
+CHAT_TEMPLATE = """\
+{%- set prompt = namespace(text='') -%}
+{%- for message in messages if message['role'] != 'system' -%}
+  {%- if message['content'] is string -%}
+    {%- set prompt.text = prompt.text ~ ' ' ~ message['content'] -%}
+  {%- else -%}
+    {%- for part in message['content'] if part['type'] == 'text' -%}
+      {%- set prompt.text = prompt.text ~ ' ' ~ part['text'] -%}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endfor -%}
+{{- prompt.text[1:] -}}
+"""
+
+
+class CocaProcessor(ProcessorMixin):
+    """Wraps CoCa's image processor and tokenizer.
+
+    Texts are padded to the longest of the batch, **on the left**: so a batch of prompts of unequal length ends in
+    `<end_of_text>` in every row, which `generate` takes off before it goes on writing. Embeddings and losses do not
+    depend on the side. Pass `padding_side="right"`, or use the tokenizer by itself, for the other one. A text longer
+    than the model's context raises a `ValueError` unless `truncation=True`.
+
+    `apply_chat_template` joins the text parts of a chat into one prompt (system messages are left out), so that the
+    chat form of the `image-text-to-text` pipeline works: a question, or the beginning of a caption as the last message.
+
+    Args:
+        image_processor: `CocaImageProcessor` or `CocaImageProcessorPil`.
+        tokenizer: `CocaTokenizer`.
+        chat_template: Another Jinja template.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from modeling_coca import CocaImageProcessor, CocaProcessor, CocaTokenizer
+
+    >>> tokenizer = CocaTokenizer().train_new_from_iterator(["a photo of a red fox"], vocab_size=450)
+    >>> processor = CocaProcessor(CocaImageProcessor(size=64), tokenizer)
+    >>> image = Image.new("RGB", (80, 60), "red")
+    >>> inputs = processor(images=[image, image], text=["a photo of", "a red"], return_tensors="pt")
+    >>> {name: tuple(tensor.shape) for name, tensor in inputs.items()}  # [B, T], [B, T], [B, C, H, W]
+    {'input_ids': (2, 5), 'attention_mask': (2, 5), 'pixel_values': (2, 3, 64, 64)}
+    >>> processor.post_process_image_text_to_text(inputs["input_ids"])
+    ['a photo of', 'a red']
+    ```
+    """
+
+    text_kwargs = {"padding": True, "padding_side": "left"}
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        if chat_template is None:
+            chat_template = CHAT_TEMPLATE
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+
+__all__ = ["CocaProcessor"]

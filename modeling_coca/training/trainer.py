@@ -1,0 +1,261 @@
+"""`Trainer` with CoCa's two losses in the log, its temperature clamp and its weight-decay groups."""
+
+import contextlib
+import copy
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import find_batch_size
+
+from ..evaluation.evaluator import CocaEvaluator
+from .data_collator import CocaDataCollator
+
+
+# Weight decay pulls to 0 what has no reason to be near it: positions, queries and class tokens, here and in other encoders
+_NO_DECAY = re.compile(
+    r"(^|\.|_)(pos_embed|position_embeddings?|embed_positions|query|class_embedding|cls_token|reg_tokens?|mask_token)(\.|$)"
+)
+_COMPONENTS = ("contrastive_loss", "caption_loss")
+
+
+class ClampLogitScaleCallback(TrainerCallback):
+    """
+    Keeps `logit_scale` in `[0, ln(maximum)]` after each optimiser step, as open_clip does: a temperature that goes to 0
+    makes training diverge. [`CocaTrainer`] has it; a plain `Trainer` takes it by `callbacks=[ClampLogitScaleCallback()]`.
+
+    Args:
+        maximum (`float`, defaults to 100): of `exp(logit_scale)`.
+    """
+
+    def __init__(self, maximum: float = 100.0):
+        self.maximum = maximum
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad(), _logit_scales(model) as logit_scales:
+            for logit_scale in logit_scales:
+                logit_scale.clamp_(0, math.log(self.maximum))
+
+
+class _SetEpochCallback(TrainerCallback):
+    """Tells a [`CocaDataCollator`] the epoch, so that its random captions are the same after an interruption."""
+
+    def __init__(self, data_collator: CocaDataCollator):
+        self.data_collator = data_collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.data_collator.set_epoch(int(state.epoch or 0))
+
+
+class CocaTrainer(Trainer):
+    """
+    `Trainer` for [`CocaForConditionalGeneration`]. What it adds:
+
+    - **log**: `contrastive_loss`, `caption_loss` (means since the last log over all micro-batches and processes, as `loss` is,
+      and without their weights: `loss` is their weighted sum), `temperature` (`exp(-logit_scale)`) and
+      `samples_per_second` (images and texts of all processes, evaluations left out). Evaluation gives
+      `eval_contrastive_loss` and `eval_caption_loss`;
+    - **evaluators** of `modeling_coca.evaluation` among the callbacks: their figures are logged with the evaluation;
+    - `logit_scale` is clamped, see [`ClampLogitScaleCallback`];
+    - **weight decay** on matrices only: not on norms, biases and other vectors, the temperature, positions, class tokens
+      and queries;
+    - with a [`CocaDataCollator`], raw columns are kept, captions are chosen reproducibly, and evaluation takes the first.
+
+    A plain `Trainer` trains the same model to the same weights, but for the clamp and the decay groups.
+
+    Args:
+        model, args, data_collator, **kwargs:
+            Of `Trainer`. Without a `data_collator`, a processor given as `processing_class` makes a [`CocaDataCollator`].
+
+    Example:
+
+    ```python
+    >>> from transformers import TrainingArguments
+    >>> from modeling_coca.training import CocaDataCollator, CocaTrainer, freeze
+
+    >>> freeze(model, "vision_model")  # doctest: +SKIP
+    >>> trainer = CocaTrainer(  # doctest: +SKIP
+    ...     model=model,
+    ...     args=TrainingArguments("output", per_device_train_batch_size=128, learning_rate=1e-3, weight_decay=0.1),
+    ...     data_collator=CocaDataCollator(processor, text_column="caption"),
+    ...     train_dataset=dataset["train"],
+    ...     eval_dataset=dataset["validation"],
+    ... )
+    >>> trainer.train()  # doctest: +SKIP
+    ```
+    """
+
+    def __init__(self, model=None, args=None, data_collator=None, **kwargs):
+        if data_collator is None and hasattr(kwargs.get("processing_class"), "image_processor"):
+            data_collator = CocaDataCollator(kwargs["processing_class"])
+        super().__init__(model, args, data_collator, **kwargs)
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                "`label_smoothing_factor` makes `Trainer` compute the loss from the logits alone, without the contrastive "
+                "half: leave it at 0."
+            )
+        if isinstance(self.data_collator, CocaDataCollator):
+            self.args.remove_unused_columns = False
+            self.add_callback(_SetEpochCallback(self.data_collator))
+        self.add_callback(ClampLogitScaleCallback())
+        self._train_losses, self._eval_losses = _LossMeans(), _LossMeans()
+        self._clock = _Clock()
+
+    def train(self, *args, **kwargs):
+        self._train_losses, self._clock = _LossMeans(), _Clock()
+        return super().train(*args, **kwargs)
+
+    # -------------------------------------------------------------------------------------------------- weight decay
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that weight decay applies to: matrices and convolutions, embeddings of tokens included."""
+        # ZeRO-3 keeps parameters flat, and their shape aside
+        dimensions = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if dimensions.get(name, 0) > 1 and not _NO_DECAY.search(name)]
+
+    # ------------------------------------------------------------------------------------------------------- logging
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        losses = _losses_of(outputs)
+        if model.training:
+            self._clock.count(find_batch_size(inputs) or 0)
+            # Weighted as the Trainer weighs `loss`: by micro-batches of a step, which the last of an epoch may have less of
+            self._train_losses.add(losses, 1 / self.current_gradient_accumulation_steps)
+        else:
+            self._last_losses = losses
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        self._last_losses = {}
+        output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        for name, value in self._last_losses.items():
+            # As the evaluation loop does with `loss`: once an example, those that fill up the last batch left out
+            values = self.gather_function(value.repeat(self.args.eval_batch_size))
+            self._eval_losses.add({name: values.sum()}, values.numel(), is_sum=True)
+        return output
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        self._eval_losses.pop()
+        output = super().evaluation_loop(
+            dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+        )
+        metrics = {name: value.item() for name, value in self._eval_losses.pop().items()}
+        if description == "Evaluation":
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, CocaEvaluator):
+                    metrics.update(callback(self.model, show_progress=self.is_local_process_zero()))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def evaluate(self, *args, **kwargs):
+        with self._clock.paused():
+            return super().evaluate(*args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        with self._first_captions():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        with self._first_captions():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextlib.contextmanager
+    def _first_captions(self) -> Iterator[None]:
+        data_collator = self.data_collator
+        if isinstance(data_collator, CocaDataCollator):
+            self.data_collator = copy.copy(data_collator)
+            self.data_collator.caption_choice = "first"
+        try:
+            yield
+        finally:
+            self.data_collator = data_collator
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the losses, temperature and speed to what is logged in training. All processes call it together."""
+        if "loss" in logs:
+            sums = {name: self.accelerator.reduce(value, "mean") for name, value in self._train_losses.pop().items()}
+            logs.update({name: value.item() for name, value in sums.items()})
+            with _logit_scales(self.model) as logit_scales:
+                for logit_scale in logit_scales:
+                    logs["temperature"] = math.exp(-_whole(logit_scale.detach()).item())
+            logs["samples_per_second"] = round(self._clock.pop_rate() * self.args.world_size, 3)
+        super().log(logs, start_time)
+
+
+def _losses_of(outputs: Any) -> dict[str, torch.Tensor]:
+    """Both losses of a model's output, those that it has. `DataParallel` gives one value a device."""
+    if not isinstance(outputs, Mapping):
+        return {}
+    return {name: outputs[name].detach().float().mean() for name in _COMPONENTS if outputs.get(name) is not None}
+
+
+class _LossMeans:
+    """Weighted means of the losses since they were last asked for. They stay on the device until then."""
+
+    def __init__(self):
+        self.pop()
+
+    def add(self, losses: Mapping[str, torch.Tensor], weight: float, is_sum: bool = False) -> None:
+        for name, value in losses.items():
+            total, weights = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (total + (value if is_sum else value * weight), weights + weight)
+
+    def pop(self) -> dict[str, torch.Tensor]:
+        means = {name: total / weights for name, (total, weights) in getattr(self, "_sums", {}).items()}
+        self._sums: dict[str, tuple[torch.Tensor | float, float]] = {}
+        return means
+
+
+class _Clock:
+    """Samples per second since it was last asked, without the time spent in `paused`."""
+
+    def __init__(self):
+        self._start, self._samples = None, 0
+
+    def count(self, samples: int) -> None:
+        if self._start is None:
+            self._start = time.perf_counter()
+        self._samples += samples
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if self._start is not None:
+            self._start += time.perf_counter() - began
+
+    def pop_rate(self) -> float:
+        now = time.perf_counter()
+        rate = self._samples / max(now - self._start, 1e-9) if self._samples else 0.0
+        self._start, self._samples = now, 0
+        return rate
+
+
+@contextlib.contextmanager
+def _logit_scales(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """The model's `logit_scale`, whatever is wrapped around it; under ZeRO-3 gathered, and scattered again afterwards."""
+    found = [parameter for name, parameter in model.named_parameters() if name.split(".")[-1] == "logit_scale"]
+    if any(hasattr(parameter, "ds_id") for parameter in found):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(found, modifier_rank=0):
+            yield found
+    else:
+        yield found
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that FSDP2 has sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+__all__ = ["ClampLogitScaleCallback", "CocaTrainer"]

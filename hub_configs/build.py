@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import modeling_coca
 
-
 FOLDER = Path(__file__).parent
 
 # CLIP's byte-level BPE; a vocabulary that CocaTokenizer learns has <pad>, BOS and EOS as ids 0, 1 and 2
@@ -61,9 +60,7 @@ def text(hidden_size: int, num_unimodal_layers: int, num_multimodal_layers: int,
     }
 
 
-def paper_model(
-    name: str, published: str, vision_config: dict, text_config: dict, published_gap: str = ""
-) -> HubModel:
+def paper_model(name: str, published: str, vision_config: dict, text_config: dict, published_gap: str = "") -> HubModel:
     vision_config |= {"image_size": 288, "patch_size": 18, "use_class_token": False, "use_pre_layernorm": False}
     return HubModel(
         origin=f"{name} of the paper [CoCa: Contrastive Captioners are Image-Text Foundation Models]"
@@ -161,8 +158,8 @@ MODELS = {
         image_layer_norm="encoder",
     ),
     "coca-frozen-vit-large": HubModel(
-        origin="A CoCa on a frozen image encoder: a ViT of width 1024 gives the image tokens, and only poolers and text "
-        "stacks, of width 512, are trained. The layout is that of "
+        origin="A CoCa on a frozen image encoder: a ViT of width 1024 gives the image tokens, and only poolers and "
+        "text stacks, of width 512, are trained. The layout is that of "
         "[lucidrains' CoCa-pytorch](https://github.com/lucidrains/CoCa-pytorch).",
         config={
             "vision_config": vit(1024, 24, 16, image_size=288, patch_size=18),
@@ -203,7 +200,9 @@ def count_parameters(config: modeling_coca.CocaConfig) -> dict[str, int]:
         "multimodal text layers": [model.text_decoder],
         "output embedding": [model.lm_head],
     }
-    counts = {part: sum(p.numel() for module in modules for p in module.parameters()) for part, modules in parts.items()}
+    counts = {
+        part: sum(p.numel() for module in modules for p in module.parameters()) for part, modules in parts.items()
+    }
     total = sum(p.numel() for p in model.parameters())
     return {**counts, "projections and temperature": total - sum(counts.values()), "all": total}
 

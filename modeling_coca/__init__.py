@@ -70,11 +70,18 @@ def __dir__() -> list[str]:
 def _register_names() -> None:
     """Enters CoCa into the Auto classes' tables by name, as transformers does with its own models.
 
-    The public `AutoModel.register` takes a class, so that all of the modelling code would be imported here and now: that
-    doubles the time of `import modeling_coca`. The tables hold names and look them up, on first use, in a sub-module of
-    `transformers.models`; this package stands in for one. The pipelines read the same tables to know what they support.
+    The public `AutoModel.register` takes a class, so that all of the modelling code would be imported here and now, and
+    `import modeling_coca` take nearly twice as long. The tables hold names and look them up, on first use, in a
+    sub-module of `transformers.models`; this package stands in for one. The pipelines read the same tables to know what
+    they support.
     """
-    from transformers.models.auto import auto_factory, auto_mappings, configuration_auto, modeling_auto, tokenization_auto
+    from transformers.models.auto import (
+        auto_factory,
+        auto_mappings,
+        configuration_auto,
+        modeling_auto,
+        tokenization_auto,
+    )
 
     from .configuration_coca import CocaConfig, CocaTextConfig, CocaVisionConfig
 

@@ -17,15 +17,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, rows):
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    def forward(ctx, hidden, weight, labels, rows, grad_enabled):
+        # `needs_input_grad` is also true under `no_grad`, where evaluation would pay for gradients that nobody takes
+        need_hidden, need_weight = (need and grad_enabled for need in ctx.needs_input_grad[:2])
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        # Summed in fp32: bf16 weights would lose small contributions of the later chunks
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        # Summed in fp32 or better: bf16 weights would lose small contributions of the later chunks
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            logits = F.linear(hidden[part], weight).float()  # [rows, V]
+            logits = F.linear(hidden[part], weight).to(dtype)  # [rows, V]
             log_normalizer = torch.logsumexp(logits, dim=-1)
             target = labels[part, None]
             loss += (log_normalizer - logits.gather(1, target)[:, 0]).sum()
@@ -37,7 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_hidden:
                 grad_hidden[part] = grad_logits @ weight.to(hidden.dtype)
             if need_weight:
-                if grad_logits.dtype == torch.float32:
+                if grad_logits.dtype == dtype:
                     torch.addmm(grad_weight, grad_logits.t(), hidden[part], out=grad_weight)
                 else:
                     grad_weight += grad_logits.t() @ hidden[part]
@@ -52,6 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype),
+            None,
             None,
             None,
         )
@@ -70,7 +73,7 @@ def linear_cross_entropy(
         chunk_size (`int`, defaults to 1024): tokens whose logits are in memory at a time.
 
     Returns:
-        `torch.Tensor`: scalar, fp32.
+        `torch.Tensor`: scalar, fp32 (fp64 for fp64 inputs).
 
     Example:
 
@@ -87,7 +90,7 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):
         # A custom function sees its inputs as they are, so that autocast's choice is made here
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return _LinearCrossEntropy.apply(hidden, weight.to(hidden.dtype), labels, chunk_size)
+    return _LinearCrossEntropy.apply(hidden, weight.to(hidden.dtype), labels, chunk_size, torch.is_grad_enabled())
 
 
 def caption_loss(

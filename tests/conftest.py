@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
-
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 
-import torch  # noqa: E402
+import torch
 
-from modeling_coca import CocaConfig  # noqa: E402
-
+from modeling_coca import CocaConfig
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))  # tiny tensors: more threads only wait for each other
 

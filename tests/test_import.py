@@ -23,7 +23,6 @@ from modeling_coca import (
     CocaTokenizer,
 )
 
-
 AUTO_MODELS = [
     ("AutoModel", None, "CocaModel"),
     ("AutoModel", "vision_config", "CocaVisionModel"),
@@ -149,7 +148,9 @@ def test_classes_are_registered_where_transformers_has_other_tables(tiny_config,
 @pytest.fixture(scope="module")
 def saved_model(tiny_config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    tokenizer = CocaTokenizer(model_max_length=16).train_new_from_iterator(["a red fox", "a blue whale"], vocab_size=430)
+    tokenizer = CocaTokenizer(model_max_length=16).train_new_from_iterator(
+        ["a red fox", "a blue whale"], vocab_size=430
+    )
     image_processor = CocaImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CocaProcessor(image_processor, tokenizer).save_pretrained(folder)
     CocaForConditionalGeneration(tiny_config()).save_pretrained(folder)
@@ -168,7 +169,7 @@ def test_auto_processors_load_our_classes(saved_model):
     ("task", "inputs"),
     [
         ("image-text-to-text", {"text": "", "max_new_tokens": 3}),
-        ("zero-shot-image-classification", {"candidate_labels": ["fox", "whale"]}),
+        ("zero-shot-image-classification", {"candidate_labels": ["fox", "whale"], "hypothesis_template": "a {}"}),
         ("image-feature-extraction", {}),
     ],
 )

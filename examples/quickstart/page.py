@@ -143,7 +143,7 @@ METRICS = {
     "bleu4": "Caption, BLEU-4",
     "i2t_r1_all": "Picture finds its caption among all",
     "t2i_r1_all": "Caption finds its picture",
-    "zero_shot_group": "Class without training for it (9)",
+    "zero_shot_group": "Class, zero-shot among nine",
     "tone": "Skin tone, five ways",
 }
 # Measured on the same splits. "nearest" copies the caption of the most similar training picture, by raw pixels or by

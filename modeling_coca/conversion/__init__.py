@@ -2,7 +2,6 @@
 
 from .open_clip import config_from_open_clip, from_open_clip, load_open_clip_folder, read_open_clip_folder, to_open_clip
 
-
 __all__ = [
     "config_from_open_clip",
     "from_open_clip",

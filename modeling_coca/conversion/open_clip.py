@@ -25,7 +25,6 @@ from safetensors import safe_open
 from ..configuration_coca import CocaConfig
 from ..modeling_coca import CocaForConditionalGeneration
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Names
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from .data_collator import CocaDataCollator
 from .freezing import ParameterCount, count_parameters, freeze, freeze_unused, unfreeze
 from .trainer import ClampLogitScaleCallback, CocaTrainer
 
-
 __all__ = [
     "ClampLogitScaleCallback",
     "CocaDataCollator",

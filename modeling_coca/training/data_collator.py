@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from transformers import ProcessorMixin
 
+from ..evaluation.evaluator import missing_column, stack_arrays
 from ..loss_coca import IGNORE_INDEX
 
 
@@ -19,8 +19,8 @@ class CocaDataCollator:
     Makes a batch from rows that hold an image and a caption, or an image, a question and an answer.
 
     Use it with the raw columns of a `datasets` set, i.e. with `remove_unused_columns=False` in `TrainingArguments`
-    ([`CocaTrainer`] sets it). Images may be augmented by `dataset.set_transform`: leave PIL images in the image column, or
-    put finished tensors under `"pixel_values"`, which are then only stacked.
+    ([`CocaTrainer`] sets it). Images may be augmented by `dataset.set_transform`: leave PIL images in the image column,
+    or put finished tensors under `"pixel_values"`, which are then only stacked.
 
     Args:
         processor ([`CocaProcessor`]):
@@ -30,7 +30,10 @@ class CocaDataCollator:
         prefix_column (`str`, *optional*):
             Column of a text before the caption that is given and not learned, such as a question. The sequence is then
             `[BOS] prefix text [EOS]`, and only `text [EOS]` has labels. The prefix has the same tokens that it has as a
-            prompt of `generate`.
+            prompt of `generate`. A row without one (`None`) is a plain caption, so both can be mixed.
+        contrast_prefixed (`bool`, defaults to `False`):
+            Let rows with a prefix into the contrastive loss. A question with its answer describes no whole image, so by
+            default they stay out (`contrastive_mask`).
         image_hidden_states_column (`str`, *optional*):
             Column of features of a frozen image encoder, `(tokens, width)` each, to take instead of images.
         caption_choice (`"random"` or `"first"`, defaults to `"random"`):
@@ -38,8 +41,8 @@ class CocaDataCollator:
         seed (`int`, defaults to 0):
             Of the choice, once [`~CocaDataCollator.set_epoch`] has been called.
         truncation (`bool`, defaults to `False`):
-            Cut texts that are longer than the tokenizer's `model_max_length`; otherwise they are an error. Of a prefix and
-            a text the prefix is cut.
+            Cut texts that are longer than the tokenizer's `model_max_length`; otherwise they are an error. Of a prefix
+            and a text the prefix is cut.
         pad_to_multiple_of (`int`, *optional*):
             Texts are padded on the right to the longest of the batch, or to the next multiple of this.
         return_loss (`bool`, defaults to `False`):
@@ -53,7 +56,7 @@ class CocaDataCollator:
     >>> from modeling_coca import CocaImageProcessorPil, CocaProcessor, CocaTokenizer
     >>> from modeling_coca.training import CocaDataCollator
 
-    >>> tokenizer = CocaTokenizer().train_new_from_iterator(["what is it? a red square"], vocab_size=450)
+    >>> tokenizer = CocaTokenizer().train_new_from_iterator(["what is it? a red square"], vocab_size=500)
     >>> processor = CocaProcessor(CocaImageProcessorPil(size={"shortest_edge": 32}, crop_size=32), tokenizer)
     >>> red = Image.fromarray(np.full((40, 40, 3), (255, 0, 0), np.uint8))
     >>> rows = [{"image": red, "text": ["a red square", "red"]}, {"image": red, "text": "it"}]
@@ -64,7 +67,8 @@ class CocaDataCollator:
     True
 
     >>> # a question is a prefix without loss
-    >>> batch = CocaDataCollator(processor, prefix_column="question")([{"image": red, "question": "what is it?", "text": "red"}])
+    >>> row = {"image": red, "question": "what is it?", "text": "red"}
+    >>> batch = CocaDataCollator(processor, prefix_column="question")([row])
     >>> batch["labels"][0].tolist() == [-100] * 5 + tokenizer("red")["input_ids"][1:]
     True
     ```
@@ -74,6 +78,7 @@ class CocaDataCollator:
     image_column: str = "image"
     text_column: str = "text"
     prefix_column: str | None = None
+    contrast_prefixed: bool = False
     image_hidden_states_column: str | None = None
     caption_choice: Literal["random", "first"] = "random"
     seed: int = 0
@@ -89,24 +94,29 @@ class CocaDataCollator:
 
     def set_epoch(self, epoch: int) -> None:
         """
-        Makes the random choice of a caption depend on the epoch, the seed and the captions alone, so that neither the number
-        of workers nor an interruption changes it. [`CocaTrainer`] calls it; without a call Python's generator chooses.
+        Makes the random choice of a caption depend on the epoch, the seed and the captions alone, so that neither the
+        number of workers nor an interruption changes it. [`CocaTrainer`] calls it; without a call Python's generator
+        chooses.
         """
         self._epoch[0] = epoch
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = self._images(rows)
         texts = [self._caption(row) for row in rows]
-        prefixes = None if self.prefix_column is None else [_text_of(row, self.prefix_column, "prefix_column") for row in rows]
+        if self.prefix_column is None:
+            return {**batch, **self._tokens(texts, [None] * len(rows))}
+        prefixes = [self._prefix(row) for row in rows]
+        if not self.contrast_prefixed and not self.return_loss:
+            batch["contrastive_mask"] = torch.tensor([prefix is None for prefix in prefixes])
         return {**batch, **self._tokens(texts, prefixes)}
 
     def _images(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         if self.image_hidden_states_column is not None:
             column = self.image_hidden_states_column
             features = [_value_of(row, column, "image_hidden_states_column") for row in rows]
-            return {"image_hidden_states": _stack(features)}
+            return {"image_hidden_states": stack_arrays(features)}
         if "pixel_values" in rows[0]:
-            return {"pixel_values": _stack([_value_of(row, "pixel_values", "image_column") for row in rows])}
+            return {"pixel_values": stack_arrays([_value_of(row, "pixel_values", "image_column") for row in rows])}
         images = [_value_of(row, self.image_column, "image_column") for row in rows]
         return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
 
@@ -127,15 +137,22 @@ class CocaDataCollator:
             return random.choice(captions)
         return captions[zlib.crc32(repr((self.seed, epoch, captions)).encode()) % len(captions)]
 
-    def _tokens(self, texts: list[str], prefixes: list[str] | None) -> dict[str, Any]:
+    def _prefix(self, row: Mapping[str, Any]) -> str | None:
+        prefix = _value_of(row, self.prefix_column, "prefix_column", optional=True)
+        if prefix is not None and not isinstance(prefix, str):
+            raise ValueError(
+                f"Column {self.prefix_column!r} (`prefix_column`) must hold texts, got {type(prefix).__name__}."
+            )
+        return prefix or None
+
+    def _tokens(self, texts: list[str], prefixes: list[str | None]) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer
-        if prefixes is None:
-            sequences = tokenizer(texts, truncation=self.truncation)["input_ids"]
-            prefix_lengths = [0] * len(texts)
-        else:
-            pairs = [self._join(prefix, text) for prefix, text in zip(prefixes, texts)]
-            sequences = [prefix + text for prefix, text in pairs]
-            prefix_lengths = [len(prefix) for prefix, _ in pairs]
+        sequences = tokenizer(texts, truncation=self.truncation)["input_ids"]
+        prefix_lengths = [0] * len(texts)
+        for i, (prefix, text) in enumerate(zip(prefixes, texts, strict=True)):
+            if prefix is not None:
+                prefix_ids, text_ids = self._join(prefix, text)
+                sequences[i], prefix_lengths[i] = prefix_ids + text_ids, len(prefix_ids)
         lengths = torch.tensor([[len(sequence)] for sequence in sequences])  # [B, 1]
         padded = longest = int(lengths.max())
         if self.pad_to_multiple_of:
@@ -152,7 +169,7 @@ class CocaDataCollator:
         return {**batch, "labels": input_ids.masked_fill(~is_label, IGNORE_INDEX)}
 
     def _join(self, prefix: str, text: str) -> tuple[list[int], list[int]]:
-        """`[BOS] prefix` and `text [EOS]`. Each is tokenized by itself, as generation sees the prefix and goes on from it."""
+        """`[BOS] prefix` and `text [EOS]`, each tokenized by itself: generation goes on from the prefix alone."""
         tokenizer = self.processor.tokenizer
         eos, limit = tokenizer.eos_token_id, tokenizer.model_max_length
         prefix_ids = tokenizer(prefix, truncation=self.truncation)["input_ids"]
@@ -164,36 +181,21 @@ class CocaDataCollator:
             return prefix_ids, text_ids
         if not self.truncation:
             raise ValueError(
-                f"{prefix!r} ({self.prefix_column!r}) and {text!r} ({self.text_column!r}) have {length} tokens together, "
-                f"special tokens included, but the limit is {limit} (`model_max_length`). Shorten them, or pass "
-                "`truncation=True` to cut the first."
+                f"{prefix!r} ({self.prefix_column!r}) and {text!r} ({self.text_column!r}) have {length} tokens, "
+                f"and the limit is {limit} (`model_max_length`). Shorten them, or cut the first by `truncation=True`."
             )
-        text_ids = text_ids[: limit - 2] + [eos] if len(text_ids) > limit - 1 else text_ids
+        if len(text_ids) > limit - 1:
+            text_ids = [*text_ids[: limit - 2], eos]
         return prefix_ids[: limit - len(text_ids)], text_ids
 
 
-def _stack(arrays: list[Any]) -> torch.Tensor:
-    """Arrays, tensors or nested lists of one shape; half precision stays, lists become fp32."""
-    stacked = torch.stack([torch.as_tensor(array if isinstance(array, torch.Tensor) else np.asarray(array)) for array in arrays])
-    return stacked.float() if stacked.dtype == torch.float64 else stacked
-
-
-def _value_of(row: Mapping[str, Any], column: str, field_name: str) -> Any:
+def _value_of(row: Mapping[str, Any], column: str, field_name: str, optional: bool = False) -> Any:
     if column not in row:
-        raise ValueError(
-            f"There is no column {column!r} (`{field_name}`), only {', '.join(map(repr, row)) or 'none'}. Name yours with "
-            f"`{field_name}=`. If `Trainer` has dropped it, set `remove_unused_columns=False` in `TrainingArguments`."
-        )
-    if row[column] is None:
+        error = missing_column(column, field_name, row)
+        raise ValueError(f"{error} If `Trainer` has dropped it: set `remove_unused_columns=False` in its arguments.")
+    if row[column] is None and not optional:
         raise ValueError(f"A row has no value in column {column!r} (`{field_name}`): filter such rows out.")
     return row[column]
-
-
-def _text_of(row: Mapping[str, Any], column: str, field_name: str) -> str:
-    text = _value_of(row, column, field_name)
-    if not isinstance(text, str):
-        raise ValueError(f"Column {column!r} (`{field_name}`) must hold texts, got {type(text).__name__}.")
-    return text
 
 
 __all__ = ["CocaDataCollator"]

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-
 logger = logging.get_logger(__name__)
 
 # What PEFT, DDP and torch.compile put before a name, and the "model." before the parts of `CocaModel`
@@ -57,7 +56,9 @@ def freeze(model: nn.Module, *parts: str) -> ParameterCount:
     >>> model = CocaForConditionalGeneration(
     ...     CocaConfig(
     ...         vision_config={**small, "image_size": 36},
-    ...         text_config={**small, "num_multimodal_layers": 1, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2},
+    ...         text_config={
+    ...             **small, "num_multimodal_layers": 1, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2
+    ...         },
     ...         num_query_tokens=4, projection_dim=8,
     ...     )
     ... )
@@ -131,32 +132,29 @@ def freeze_unused(model: nn.Module, inputs: Mapping[str, Any]) -> list[str]:
     >>> model = CocaForConditionalGeneration(
     ...     CocaConfig(
     ...         vision_config={**small, "image_size": 36},
-    ...         text_config={**small, "num_multimodal_layers": 1, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2},
+    ...         text_config={
+    ...             **small, "num_multimodal_layers": 1, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2
+    ...         },
     ...         num_query_tokens=4, projection_dim=8, contrastive_loss_weight=0,
     ...     )
     ... )
     >>> input_ids = torch.tensor([[1, 5, 6, 2]])
     >>> batch = {"input_ids": input_ids, "labels": input_ids, "pixel_values": torch.zeros(1, 3, 36, 36)}
-    >>> [name for name in freeze_unused(model, batch) if "pooler" not in name and "norm" not in name]
-    ['model.logit_scale', 'model.text_model.class_embedding', 'model.visual_projection.weight', 'model.text_projection.weight']
-    ```
-    """
-    _refuse_ddp(model)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    device = next(model.parameters()).device
-    inputs = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
-    training = [module for module in model.modules() if module.training]
+    >>> [name for name in freeze_unused(model, batch) if "pooler" not in name and "text_model" not in name]
+    ['model.logit_scale', 'model.visual_projection.weight', 'model.text_projection.weight']
     model.eval()  # running statistics must not see this batch; what gets a gradient is the same
     try:
         with torch.enable_grad():
             loss = model(**inputs).loss
         if loss is None:
-            raise ValueError(f"The model gave no loss for {', '.join(inputs)}: `inputs` need `labels` or `return_loss`.")
+            raise ValueError(
+                f"The model gave no loss for {', '.join(inputs)}: `inputs` need `labels` or `return_loss`."
+            )
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     finally:
         for module in training:
             module.training = True
-    unused = [name for name, gradient in zip(parameters, gradients) if gradient is None]
+    unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
     for name in unused:
         parameters[name].requires_grad_(False)
     if unused:
@@ -184,8 +182,8 @@ def _find(model: nn.Module, parts: tuple[str, ...]) -> Iterator[nn.Module | nn.P
     if missing:
         known = [name for name in found if name and "." not in name and name not in _WRAPPERS]
         raise ValueError(
-            f"{type(model).__name__} has no part {', '.join(map(repr, missing))}. It has {', '.join(known)}, and what is "
-            "in them, as in 'text_model.layers.0'."
+            f"{type(model).__name__} has no part {', '.join(map(repr, missing))}. It has {', '.join(known)}, and what "
+            "is in them, as in 'text_model.layers.0'."
         )
     return iter([found[part] for part in parts])
 

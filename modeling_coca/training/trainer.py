@@ -16,10 +16,10 @@ from transformers.trainer_pt_utils import find_batch_size
 from ..evaluation.evaluator import CocaEvaluator
 from .data_collator import CocaDataCollator
 
-
-# Weight decay pulls to 0 what has no reason to be near it: positions, queries and class tokens, here and in other encoders
+# What weight decay should not pull to 0: positions, class tokens and learned queries, here and in other encoders
 _NO_DECAY = re.compile(
-    r"(^|\.|_)(pos_embed|position_embeddings?|embed_positions|query|class_embedding|cls_token|reg_tokens?|mask_token)(\.|$)"
+    r"(^|[._])(pos_embed|position_embeddings?|embed_positions|class_embedding|cls_token|reg_tokens?|mask_token)(\.|$)"
+    r"|\.query$"  # but not a projection, "query.weight"
 )
 _COMPONENTS = ("contrastive_loss", "caption_loss")
 
@@ -27,7 +27,8 @@ _COMPONENTS = ("contrastive_loss", "caption_loss")
 class ClampLogitScaleCallback(TrainerCallback):
     """
     Keeps `logit_scale` in `[0, ln(maximum)]` after each optimiser step, as open_clip does: a temperature that goes to 0
-    makes training diverge. [`CocaTrainer`] has it; a plain `Trainer` takes it by `callbacks=[ClampLogitScaleCallback()]`.
+    makes training diverge. [`CocaTrainer`] has it; a plain `Trainer` takes it by
+    `callbacks=[ClampLogitScaleCallback()]`.
 
     Args:
         maximum (`float`, defaults to 100): of `exp(logit_scale)`.
@@ -56,21 +57,23 @@ class CocaTrainer(Trainer):
     """
     `Trainer` for [`CocaForConditionalGeneration`]. What it adds:
 
-    - **log**: `contrastive_loss`, `caption_loss` (means since the last log over all micro-batches and processes, as `loss` is,
-      and without their weights: `loss` is their weighted sum), `temperature` (`exp(-logit_scale)`) and
+    - **log**: `contrastive_loss`, `caption_loss` (means since the last log over all micro-batches and processes, as
+      `loss` is, and without their weights: `loss` is their weighted sum), `temperature` (`exp(-logit_scale)`) and
       `samples_per_second` (images and texts of all processes, evaluations left out). Evaluation gives
       `eval_contrastive_loss` and `eval_caption_loss`;
     - **evaluators** of `modeling_coca.evaluation` among the callbacks: their figures are logged with the evaluation;
     - `logit_scale` is clamped, see [`ClampLogitScaleCallback`];
-    - **weight decay** on matrices only: not on norms, biases and other vectors, the temperature, positions, class tokens
-      and queries;
-    - with a [`CocaDataCollator`], raw columns are kept, captions are chosen reproducibly, and evaluation takes the first.
+    - **weight decay** on matrices only: not on norms, biases and other vectors, the temperature, positions, class
+      tokens and queries;
+    - with a [`CocaDataCollator`], raw columns are kept, captions are chosen reproducibly, and evaluation takes the
+      first.
 
     A plain `Trainer` trains the same model to the same weights, but for the clamp and the decay groups.
 
     Args:
         model, args, data_collator, **kwargs:
-            Of `Trainer`. Without a `data_collator`, a processor given as `processing_class` makes a [`CocaDataCollator`].
+            Of `Trainer`. Without a `data_collator`, a processor given as `processing_class` makes a
+            [`CocaDataCollator`].
 
     Example:
 
@@ -96,8 +99,8 @@ class CocaTrainer(Trainer):
         super().__init__(model, args, data_collator, **kwargs)
         if self.args.label_smoothing_factor:
             raise ValueError(
-                "`label_smoothing_factor` makes `Trainer` compute the loss from the logits alone, without the contrastive "
-                "half: leave it at 0."
+                "`label_smoothing_factor` makes `Trainer` compute the loss from the logits alone, without the "
+                "contrastive half: leave it at 0."
             )
         if isinstance(self.data_collator, CocaDataCollator):
             self.args.remove_unused_columns = False
@@ -113,7 +116,7 @@ class CocaTrainer(Trainer):
     # -------------------------------------------------------------------------------------------------- weight decay
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the parameters that weight decay applies to: matrices and convolutions, embeddings of tokens included."""
+        """Names of the parameters that weight decay applies to: matrices and kernels, token embeddings included."""
         # ZeRO-3 keeps parameters flat, and their shape aside
         dimensions = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
         names = super().get_decay_parameter_names(model)
@@ -122,13 +125,12 @@ class CocaTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------- logging
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         losses = _losses_of(outputs)
         if model.training:
             self._clock.count(find_batch_size(inputs) or 0)
-            # Weighted as the Trainer weighs `loss`: by micro-batches of a step, which the last of an epoch may have less of
+            # Weighted as the Trainer weighs `loss`: by micro-batches of a step, which the last of an epoch may have
+            # less of
             self._train_losses.add(losses, 1 / self.current_gradient_accumulation_steps)
         else:
             self._last_losses = losses
@@ -145,9 +147,7 @@ class CocaTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         self._eval_losses.pop()
-        output = super().evaluation_loop(
-            dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
-        )
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = {name: value.item() for name, value in self._eval_losses.pop().items()}
         if description == "Evaluation":
             for callback in self.callback_handler.callbacks:
@@ -242,7 +242,7 @@ class _Clock:
 
 @contextlib.contextmanager
 def _logit_scales(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """The model's `logit_scale`, whatever is wrapped around it; under ZeRO-3 gathered, and scattered again afterwards."""
+    """The model's `logit_scale`, whatever is wrapped around it; under ZeRO-3 gathered, and scattered again."""
     found = [parameter for name, parameter in model.named_parameters() if name.split(".")[-1] == "logit_scale"]
     if any(hasattr(parameter, "ds_id") for parameter in found):
         import deepspeed

@@ -28,7 +28,6 @@ from modeling_coca.conversion.open_clip import (
 )
 from modeling_coca.modeling_coca import CocaForConditionalGeneration, CocaModel
 
-
 SHARED = Path(__file__).parents[2].parent / "shared"
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 # The two in the repository come first: tests of errors and files take the first one
@@ -287,7 +286,8 @@ def test_round_trip_is_equal_to_the_bit(vector, model):
 def test_round_trip_through_a_saved_model(vector, model, tmp_path):
     model.save_pretrained(tmp_path)
     reloaded, loading = CocaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
-    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
     model_cfg, state_dict = to_open_clip(reloaded)
     assert model_cfg == vector.model_cfg
     assert_same_state_dict(state_dict, vector.state_dict)
@@ -639,7 +639,7 @@ def test_wrong_tensors_are_listed_by_their_source_names(default):
     del state_dict["module.text.transformer.resblocks.1.attn.in_proj_weight"]
     state_dict["module.text.extra"] = torch.zeros(1)
     state_dict["module.visual.attn_pool.query"] = torch.zeros(11, 32)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="does not fit") as error:
         from_open_clip(default.model_cfg, state_dict)
     assert str(error.value) == (
         "The state dict does not fit the open_clip config.\n"

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 from modeling_coca.conversion.open_clip import from_open_clip, to_open_clip
 
-
 pytestmark = pytest.mark.slow
 
 LISTED = Path(__file__).parents[2].parent / "shared" / "reference" / "open_clip_state_dict_coca_ViT-B-32.txt"

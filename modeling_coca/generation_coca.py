@@ -8,7 +8,6 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, S
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
-
 logger = logging.get_logger(__name__)
 
 

@@ -118,7 +118,9 @@ def resize_and_crop(
         if top or bottom or left or right:
             bands = len(image.getbands())
             palette = image.getpalette() if image.mode == "P" else None
-            image = ImageOps.expand(image, (left, top, right, bottom), (fill_color,) * bands if bands > 1 else fill_color)
+            image = ImageOps.expand(
+                image, (left, top, right, bottom), (fill_color,) * bands if bands > 1 else fill_color
+            )
             if palette is not None:
                 image.putpalette(palette)
         image = image.crop((x, y, x + crop_size.width, y + crop_size.height))
@@ -174,7 +176,9 @@ class CocaImageProcessorMixin:
         if height == width and settings["resize_mode"] == "shortest":
             settings["size"] = {"shortest_edge": height}
         # "random" is for training only, and open_clip's non-square "shortest" ignores the setting.
-        if config.get("interpolation") == "bilinear" and not (height != width and settings["resize_mode"] == "shortest"):
+        if config.get("interpolation") == "bilinear" and not (
+            height != width and settings["resize_mode"] == "shortest"
+        ):
             settings["resample"] = PILImageResampling.BILINEAR
         for name, setting in (("mean", "image_mean"), ("std", "image_std")):
             if name in config:
@@ -285,9 +289,7 @@ def _check_image(image: Any, do_rescale: bool | None) -> None:
         return
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         hint = ": open it by `PIL.Image.open(io.BytesIO(...))`" if isinstance(image, bytes) else ""
-        raise TypeError(
-            f"expected a PIL image, an array, a tensor, a path or a URL, not {type(image).__name__}{hint}."
-        )
+        raise TypeError(f"expected a PIL image, an array, a tensor, a path or a URL, not {type(image).__name__}{hint}.")
     if image.ndim not in (2, 3) or 0 in image.shape:
         raise ValueError(f"the shape {tuple(image.shape)} is not [H, W], [H, W, C] or [C, H, W] with pixels in it.")
     if isinstance(image, torch.Tensor):

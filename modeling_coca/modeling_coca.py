@@ -32,7 +32,6 @@ from .configuration_coca import CocaConfig, CocaTextConfig, CocaVisionConfig
 from .generation_coca import CocaCache, CocaGenerationMixin, as_coca_cache, check_one_image_input, real_tokens
 from .loss_coca import caption_loss, contrastive_loss
 
-
 # ----------------------------------------------------------------------------------------------------------- outputs
 
 
@@ -474,6 +473,11 @@ class CocaPreTrainedModel(PreTrainedModel):
             if getattr(module, "is_frozen", False) and module.training:
                 module.eval()
         return self
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
+        # For code outside transformers it would skip modules without parameters of their own, such as `CocaAttention`.
+        # `_init_weights` here writes through `initialization`, which leaves loaded weights alone, so that is not needed.
+        super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -285,7 +285,7 @@ class CocaTokenizer(CLIPTokenizer):
     def _convert_encoding(self, encoding, *args, verbose: bool = True, **kwargs):
         length = sum(encoding.attention_mask)
         if verbose and length > self.model_max_length:
-            words = [token for token, real in zip(encoding.ids, encoding.attention_mask) if real][:12]
+            words = [token for token, real in zip(encoding.ids, encoding.attention_mask, strict=True) if real][:12]
             raise ValueError(
                 f"A text has {length} tokens, special tokens included, but the limit is {self.model_max_length} "
                 f"(`model_max_length`). It starts with {self.decode(words, skip_special_tokens=True)!r}. "
@@ -314,9 +314,11 @@ class CocaTokenizer(CLIPTokenizer):
         if skip_special_tokens and isinstance(token_ids, (list, tuple)) and _is_text_symbol(self.pad_token):
             token_ids = self._strip_padding(list(token_ids))
         # The base class refuses to clean up after BPE, for BPE that keeps the spaces of the text. CLIP's does not.
-        text = super()._decode(
-            token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False, **kwargs
-        ).strip()
+        text = (
+            super()
+            ._decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False, **kwargs)
+            .strip()
+        )
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text

@@ -7,7 +7,6 @@ from transformers import AutoConfig, ViTConfig
 
 from modeling_coca.configuration_coca import CocaConfig, CocaTextConfig, CocaVisionConfig
 
-
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL_TEXT = {
     **SMALL,
@@ -28,7 +27,9 @@ VISION_CONFIGS = {
 
 
 def small_config(**kwargs) -> CocaConfig:
-    return CocaConfig(**{"vision_config": VISION_CONFIGS["own"], "text_config": SMALL_TEXT, "projection_dim": 16, **kwargs})
+    return CocaConfig(
+        **{"vision_config": VISION_CONFIGS["own"], "text_config": SMALL_TEXT, "projection_dim": 16, **kwargs}
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- defaults
@@ -105,7 +106,11 @@ def test_num_hidden_layers_counts_both_stacks():
 def test_generation_reads_the_text_config():
     config = small_config()
     assert config.get_text_config(decoder=True) is config.text_config
-    assert (config.text_config.bos_token_id, config.text_config.eos_token_id, config.text_config.pad_token_id) == (97, 98, 0)
+    assert (config.text_config.bos_token_id, config.text_config.eos_token_id, config.text_config.pad_token_id) == (
+        97,
+        98,
+        0,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ sub-configs
@@ -179,7 +184,9 @@ def test_sub_configs_load_from_the_whole_file(tmp_path):
 
 def test_overrides_on_load(tmp_path):
     small_config().save_pretrained(tmp_path)
-    config = CocaConfig.from_pretrained(tmp_path, contrastive_loss_weight=0.0, text_config={**SMALL_TEXT, "dropout": 0.2})
+    config = CocaConfig.from_pretrained(
+        tmp_path, contrastive_loss_weight=0.0, text_config={**SMALL_TEXT, "dropout": 0.2}
+    )
     assert config.contrastive_loss_weight == 0.0
     assert config.text_config.dropout == 0.2
 

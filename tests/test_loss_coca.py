@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import modeling_coca.loss_coca as loss_coca
 from modeling_coca.loss_coca import caption_loss, contrastive_loss, linear_cross_entropy
 
-
 TOKENS, WIDTH, VOCABULARY = 13, 8, 31
 
 
@@ -61,7 +60,10 @@ def test_double_precision_is_kept(problem, chunk_size):
     expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
     torch.testing.assert_close(loss.double(), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
-        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), rtol=1e-12, atol=1e-12
+        torch.autograd.grad(loss, (hidden, weight)),
+        torch.autograd.grad(expected, (hidden, weight)),
+        rtol=1e-12,
+        atol=1e-12,
     )
 
 
@@ -82,7 +84,10 @@ def test_half_precision(problem, dtype):
     expected = plain(*reference, labels)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=5e-3, atol=0)
-    grads, expected_grads = torch.autograd.grad(loss, (half_hidden, half_weight)), torch.autograd.grad(expected, reference)
+    grads, expected_grads = (
+        torch.autograd.grad(loss, (half_hidden, half_weight)),
+        torch.autograd.grad(expected, reference),
+    )
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert grad.dtype == dtype
         torch.testing.assert_close(grad.float(), expected_grad, rtol=0.05, atol=0.03)
@@ -129,7 +134,9 @@ class CountProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("grad_mode", "products"), [(torch.no_grad, 1), (torch.enable_grad, 3)], ids=["no_grad", "grad"])
+@pytest.mark.parametrize(
+    ("grad_mode", "products"), [(torch.no_grad, 1), (torch.enable_grad, 3)], ids=["no_grad", "grad"]
+)
 def test_gradients_are_formed_only_where_they_are_wanted(problem, grad_mode, products):
     """Evaluation pays for the logits alone, though the parameters require gradients."""
     hidden, weight, labels = problem
@@ -189,7 +196,9 @@ def test_caption_loss_shifts_and_averages(caption):
     inputs = (hidden, lm_head.weight)
     loss, expected = caption_loss(hidden, lm_head, labels), plain_caption(hidden, lm_head, labels)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_shift_labels_are_taken_as_they_are(caption):
@@ -267,13 +276,18 @@ def test_other_output_layers(caption, make_head):
     loss, expected = caption_loss(hidden, lm_head, labels), plain_caption(hidden, lm_head, labels)
     inputs = (hidden, *lm_head.parameters())
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_wrapped_linear_equals_the_plain_one(caption):
     hidden, lm_head, labels = caption
     torch.testing.assert_close(
-        caption_loss(hidden, nn.Sequential(lm_head), labels), caption_loss(hidden, lm_head, labels), rtol=1e-6, atol=1e-6
+        caption_loss(hidden, nn.Sequential(lm_head), labels),
+        caption_loss(hidden, lm_head, labels),
+        rtol=1e-6,
+        atol=1e-6,
     )
 
 
@@ -306,9 +320,7 @@ def test_softmax_is_the_mean_over_both_directions():
 def test_sigmoid_sums_the_texts_of_an_image():
     torch.manual_seed(0)
     logits = torch.randn(4, 4, requires_grad=True)
-    terms = [
-        -torch.log(torch.sigmoid(logits[i, j] if i == j else -logits[i, j])) for i in range(4) for j in range(4)
-    ]
+    terms = [-torch.log(torch.sigmoid(logits[i, j] if i == j else -logits[i, j])) for i in range(4) for j in range(4)]
     expected = torch.stack(terms).sum() / 4
     loss = contrastive_loss(logits, "sigmoid")
     torch.testing.assert_close(loss, expected)

@@ -20,7 +20,6 @@ from modeling_coca.modeling_coca import (
     CocaVisionModel,
 )
 
-
 BOS, EOS, PAD = 57, 58, 0
 # All widths differ, and so do the numbers of layers, tokens and heads: a mixed up one cannot fit
 VISION = {
@@ -348,7 +347,12 @@ def test_every_parameter_learns(pooler_type, norm_position, pooling):
 
 @pytest.mark.parametrize(
     ("pooler_type", "num_tokens", "width"),
-    [("cascade", NUM_QUERIES, 40), ("parallel", NUM_QUERIES, 40), ("shared", NUM_QUERIES, 40), ("none", NUM_PATCHES, 24)],
+    [
+        ("cascade", NUM_QUERIES, 40),
+        ("parallel", NUM_QUERIES, 40),
+        ("shared", NUM_QUERIES, 40),
+        ("none", NUM_PATCHES, 24),
+    ],
 )
 def test_shapes(pooler_type, num_tokens, width):
     model = build(pooler_type=pooler_type)
@@ -422,7 +426,7 @@ def test_each_part_may_have_its_own_attention():
 )
 def test_padding_changes_nothing(quirks, length, side):
     model, pixel_values = build(text=quirks), images(3)
-    texts = TEXTS[:3] if length else TEXTS[:2] + [TEXTS[2] + [5, EOS]]
+    texts = TEXTS[:3] if length else [*TEXTS[:2], TEXTS[2] + [5, EOS]]
     ids, mask = pad(texts, length, side)
     with torch.no_grad():
         embeddings = model.get_text_features(ids, mask).pooler_output
@@ -432,7 +436,9 @@ def test_padding_changes_nothing(quirks, length, side):
             alone = torch.tensor([text])
             expected = model.get_text_features(alone).pooler_output
             torch.testing.assert_close(embeddings[row : row + 1], expected, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(both.text_embeds[row : row + 1], F.normalize(expected, dim=-1), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                both.text_embeds[row : row + 1], F.normalize(expected, dim=-1), rtol=1e-4, atol=1e-5
+            )
             expected = model(alone, pixel_values[row : row + 1]).logits[0]
             torch.testing.assert_close(logits[row][mask[row].bool()], expected, rtol=1e-4, atol=2e-5)
             expected = model(
@@ -539,7 +545,8 @@ def test_inputs_embeds_equal_input_ids():
         assert torch.equal(by_ids.loss, by_embeds.loss)
         dual = model.model
         assert torch.equal(
-            dual(input_ids=ids, attention_mask=mask).text_embeds, dual(inputs_embeds=embeds, attention_mask=mask).text_embeds
+            dual(input_ids=ids, attention_mask=mask).text_embeds,
+            dual(inputs_embeds=embeds, attention_mask=mask).text_embeds,
         )
 
 
@@ -610,9 +617,7 @@ def test_sigmoid_contrast():
     with torch.no_grad():
         outputs = model(ids, images(3), mask, return_loss=True)
         logits = model.logit_scale.exp() * outputs.image_embeds @ outputs.text_embeds.t() + model.logit_bias
-        expected = sum(
-            -F.logsigmoid(logits[i, j] if i == j else -logits[i, j]) for i in range(3) for j in range(3)
-        )
+        expected = sum(-F.logsigmoid(logits[i, j] if i == j else -logits[i, j]) for i in range(3) for j in range(3))
     torch.testing.assert_close(outputs.logits_per_image, logits)
     torch.testing.assert_close(outputs.loss, expected / 3)
     fresh = CocaModel(build_config(contrastive_loss="sigmoid"))
@@ -682,7 +687,7 @@ def test_captioning_needs_no_pixels_without_contrast():
     expected = model(ids, images(2), mask, labels=labels).loss
     assert torch.equal(model(ids, attention_mask=mask, encoder_hidden_states=tokens, labels=labels).loss, expected)
     model.config.contrastive_loss_weight = 1.0
-    with pytest.raises(ValueError, match="`config.contrastive_loss_weight = 0`"):
+    with pytest.raises(ValueError, match=r"`config.contrastive_loss_weight = 0`"):
         model(ids, attention_mask=mask, encoder_hidden_states=tokens, labels=labels)
 
 
@@ -709,7 +714,9 @@ def test_labels_are_shifted_and_ignored():
         logits = model(ids, images(2), mask).logits
     wanted = [(row, column) for row in range(2) for column in range(1, ids.shape[1]) if labels[row, column] >= 0]
     assert len(wanted) == 3
-    expected = torch.stack([F.cross_entropy(logits[row, column - 1], ids[row, column]) for row, column in wanted]).mean()
+    expected = torch.stack(
+        [F.cross_entropy(logits[row, column - 1], ids[row, column]) for row, column in wanted]
+    ).mean()
     torch.testing.assert_close(outputs.caption_loss, expected)
 
 
@@ -833,7 +840,7 @@ def test_other_image_sizes_interpolate_the_positions(pooler_type):
     model = build(pooler_type=pooler_type)
     vision = model.model.vision_model
     larger = torch.randn(2, 3, 16, 20)
-    with pytest.raises(ValueError, match="`pixel_values` are 16x20 pixels.*`interpolate_pos_encoding=True`"):
+    with pytest.raises(ValueError, match=r"`pixel_values` are 16x20 pixels.*`interpolate_pos_encoding=True`"):
         vision(larger)
     with torch.no_grad():
         states = vision(larger, interpolate_pos_encoding=True).last_hidden_state
@@ -877,7 +884,9 @@ def test_patch_dropout_is_for_training_only():
         origins = [int((tokens[row] - token).abs().sum(-1).argmin()) for token in kept[row]]
         assert origins == sorted(set(origins))  # each a different patch, in order
         torch.testing.assert_close(tokens[row, origins], kept[row])
-    assert build(CocaModel, vision={"patch_dropout": 0.99}).vision_model.train()(images(1)).last_hidden_state.shape[1] == 2
+    assert (
+        build(CocaModel, vision={"patch_dropout": 0.99}).vision_model.train()(images(1)).last_hidden_state.shape[1] == 2
+    )
     without = build(CocaModel, vision={"patch_dropout": 0.5, "use_class_token": False}).vision_model.train()
     assert without(images(1)).last_hidden_state.shape[1] == NUM_PATCHES // 2
 
@@ -905,7 +914,9 @@ def _both_inputs(model, **kwargs):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        pytest.param(lambda m: _both_inputs(m), "`pixel_values`, `image_hidden_states` or `encoder_hidden_states`", id="no_image"),
+        pytest.param(
+            lambda m: _both_inputs(m), "`pixel_values`, `image_hidden_states` or `encoder_hidden_states`", id="no_image"
+        ),
         pytest.param(lambda m: m(pixel_values=images(1)), "`input_ids` or `inputs_embeds`", id="no_text"),
         pytest.param(lambda m: m.model(), "`input_ids`.*`pixel_values`", id="nothing"),
         pytest.param(lambda m: m.model.vision_model(), "`pixel_values`", id="vision-nothing"),
@@ -926,18 +937,26 @@ def _both_inputs(model, **kwargs):
             "`input_ids` and `inputs_embeds`",
             id="two_texts",
         ),
-        pytest.param(lambda m: _both_inputs(m, pixel_values=images(1)[0]), "`pixel_values` must have shape", id="pixel_dims"),
         pytest.param(
-            lambda m: _both_inputs(m, pixel_values=torch.zeros(1, 1, 8, 12)), "`pixel_values` must have shape", id="channels"
+            lambda m: _both_inputs(m, pixel_values=images(1)[0]), "`pixel_values` must have shape", id="pixel_dims"
+        ),
+        pytest.param(
+            lambda m: _both_inputs(m, pixel_values=torch.zeros(1, 1, 8, 12)),
+            "`pixel_values` must have shape",
+            id="channels",
         ),
         pytest.param(
             lambda m: _both_inputs(m, pixel_values=torch.zeros(1, 3, 8, 8)), "`pixel_values` are 8x8", id="image_size"
         ),
         pytest.param(
-            lambda m: _both_inputs(m, image_hidden_states=torch.zeros(1, 7, 23)), "`image_hidden_states`.*24", id="encoder_width"
+            lambda m: _both_inputs(m, image_hidden_states=torch.zeros(1, 7, 23)),
+            "`image_hidden_states`.*24",
+            id="encoder_width",
         ),
         pytest.param(
-            lambda m: _both_inputs(m, image_hidden_states=torch.zeros(7, 24)), "`image_hidden_states`.*24", id="encoder_dims"
+            lambda m: _both_inputs(m, image_hidden_states=torch.zeros(7, 24)),
+            "`image_hidden_states`.*24",
+            id="encoder_dims",
         ),
         pytest.param(
             lambda m: _both_inputs(m, encoder_hidden_states=torch.zeros(1, 3, 24)),
@@ -956,7 +975,9 @@ def _both_inputs(model, **kwargs):
             lambda m: m(torch.full((1, CONTEXT + 1), 5), images(1)), "`input_ids` have 11 tokens.* 10", id="long_text"
         ),
         pytest.param(
-            lambda m: m.get_text_features(torch.full((1, CONTEXT + 1), 5)), "`input_ids` have 11 tokens", id="long_text-dual"
+            lambda m: m.get_text_features(torch.full((1, CONTEXT + 1), 5)),
+            "`input_ids` have 11 tokens",
+            id="long_text-dual",
         ),
     ],
 )
@@ -1037,9 +1058,7 @@ def test_hidden_states(with_labels, unimodal):
         torch.testing.assert_close(model.lm_head(states[-1]), model(ids, images(2), mask).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "selected", [0, 2, 3, 5, -1, -6, [0], [1, 3], [-1, 2], [4, 5], [0, 7], [-7, 1]], ids=str
-)
+@pytest.mark.parametrize("selected", [0, 2, 3, 5, -1, -6, [0], [1, 3], [-1, 2], [4, 5], [0, 7], [-7, 1]], ids=str)
 def test_hidden_states_by_index(selected):
     model = build()
     ids, mask = pad(TEXTS[:2])
@@ -1151,7 +1170,13 @@ def test_frozen_parts_stay_in_evaluation():
 
 
 def test_a_frozen_batch_norm_keeps_its_statistics():
-    vision = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    vision = {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16],
+        "depths": [1, 1],
+        "layer_type": "basic",
+    }
     model = build(vision=vision)
     model.model.vision_model.requires_grad_(False).is_frozen = True
     model.train()
@@ -1234,7 +1259,9 @@ def test_every_parameter_is_initialised(cls, pooler_type):
         assert other.isfinite().all(), name
         if parameter.numel() > 1 and parameter.std() > 0:
             # drawn from the same distribution, one way or the other
-            assert other.std().item() == pytest.approx(parameter.std().item(), rel=1.0 if parameter.numel() < 100 else 0.35), name
+            assert other.std().item() == pytest.approx(
+                parameter.std().item(), rel=1.0 if parameter.numel() < 100 else 0.35
+            ), name
             assert not torch.equal(parameter, other)
         else:
             assert torch.equal(parameter, other), name
@@ -1243,7 +1270,9 @@ def test_every_parameter_is_initialised(cls, pooler_type):
 def test_initial_spread():
     """The residual branches shrink with depth, as in open_clip."""
     model = CocaForConditionalGeneration(
-        build_config(text={"hidden_size": 128, "intermediate_size": 256}, pooler_hidden_size=None, num_pooler_attention_heads=4)
+        build_config(
+            text={"hidden_size": 128, "intermediate_size": 256}, pooler_hidden_size=None, num_pooler_attention_heads=4
+        )
     )
     layer = model.text_decoder.layers[0]
 
@@ -1444,11 +1473,22 @@ ENCODERS = {  # name: (config, image side, tokens, width)
         16,
     ),
     "convnext": ({"model_type": "convnext", "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}, 32, 16, 16),
-    "swin": ({"model_type": "swin", "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "image_size": 16, "patch_size": 4}, 16, 4, 16),
-    "timm-resnet": ({"model_type": "timm_wrapper", "architecture": "test_resnet"}, 64, 4, 96),
-    "timm-vit": (
-        {"model_type": "timm_wrapper", "architecture": "test_vit", "model_args": {"img_size": 32}}, 32, 5, 64
+    "swin": (
+        {
+            "model_type": "swin",
+            "embed_dim": 8,
+            "depths": [1, 1],
+            "num_heads": [2, 2],
+            "window_size": 2,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        16,
+        4,
+        16,
     ),
+    "timm-resnet": ({"model_type": "timm_wrapper", "architecture": "test_resnet"}, 64, 4, 96),
+    "timm-vit": ({"model_type": "timm_wrapper", "architecture": "test_vit", "model_args": {"img_size": 32}}, 32, 5, 64),
     "timm-efficientnet": ({"model_type": "timm_wrapper", "architecture": "test_efficientnet"}, 64, 4, 256),
     "timm-swin": (
         {

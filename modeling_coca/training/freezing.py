@@ -142,6 +142,13 @@ def freeze_unused(model: nn.Module, inputs: Mapping[str, Any]) -> list[str]:
     >>> batch = {"input_ids": input_ids, "labels": input_ids, "pixel_values": torch.zeros(1, 3, 36, 36)}
     >>> [name for name in freeze_unused(model, batch) if "pooler" not in name and "text_model" not in name]
     ['model.logit_scale', 'model.visual_projection.weight', 'model.text_projection.weight']
+    ```
+    """
+    _refuse_ddp(model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    device = next(model.parameters()).device
+    inputs = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
+    training = [module for module in model.modules() if module.training]
     model.eval()  # running statistics must not see this batch; what gets a gradient is the same
     try:
         with torch.enable_grad():

@@ -80,7 +80,9 @@ class CocaGenerationMixin(GenerationMixin):
             )
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (columns * real).argmax(dim=-1, keepdim=True)
-        eos_token_ids = torch.tensor(self.generation_config.eos_token_id or [], device=input_ids.device).reshape(-1)
+        eos_token_id = self.generation_config.eos_token_id
+        eos_token_id = [] if eos_token_id is None else eos_token_id
+        eos_token_ids = torch.tensor(eos_token_id, dtype=torch.long, device=input_ids.device).reshape(-1)
         ends_in_eos = torch.isin(input_ids.gather(1, last), eos_token_ids) & (real.sum(dim=-1, keepdim=True) > 1)
         real = real & ~(ends_in_eos & (columns == last))
         order = real.long().argsort(dim=-1, stable=True)  # padding to the left, tokens in their order

@@ -59,11 +59,9 @@ class CocaImageProcessor(CocaImageProcessorMixin, TorchvisionBackend):
         **kwargs,
     ) -> torch.Tensor:
         """Does everything up to the conversion to RGB, which must come after the resize; returns `[C, H, W]`."""
-        size, crop_size, fill_color = (
-            size if do_resize else None,
-            crop_size if do_center_crop else None,
-            fill_color or 0,
-        )
+        size = size if do_resize else None
+        crop_size = crop_size if do_center_crop else None
+        fill_color = fill_color or 0
         if isinstance(image, np.ndarray):
             image = torch.from_numpy(image if image.flags.c_contiguous and image.flags.writeable else image.copy())
         if isinstance(image, torch.Tensor):

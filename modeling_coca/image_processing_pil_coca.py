@@ -116,11 +116,9 @@ def resize_and_crop(
         top, bottom, y = crop_box(image.height, crop_size.height)
         left, right, x = crop_box(image.width, crop_size.width)
         if top or bottom or left or right:
-            bands = len(image.getbands())
+            fill = (fill_color,) * len(image.getbands())
             palette = image.getpalette() if image.mode == "P" else None
-            image = ImageOps.expand(
-                image, (left, top, right, bottom), (fill_color,) * bands if bands > 1 else fill_color
-            )
+            image = ImageOps.expand(image, (left, top, right, bottom), fill if len(fill) > 1 else fill_color)
             if palette is not None:
                 image.putpalette(palette)
         image = image.crop((x, y, x + crop_size.width, y + crop_size.height))

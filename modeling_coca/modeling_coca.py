@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_coca import CocaConfig, CocaTextConfig, CocaVisionConfig
 from .generation_coca import CocaCache, CocaGenerationMixin, as_coca_cache, check_one_image_input, real_tokens
-from .loss_coca import caption_loss, contrastive_loss
+from .loss_coca import IGNORE_INDEX, caption_loss, contrastive_loss
 
 # ----------------------------------------------------------------------------------------------------------- outputs
 
@@ -735,7 +735,8 @@ class CocaTextModel(CocaPreTrainedModel):
         last = (positions * attention_mask.long()).argmax(dim=-1)
         if input_ids is None:
             return last
-        eos_token_ids = torch.tensor(self.config.eos_token_id, device=input_ids.device).reshape(-1)
+        eos_token_id = [] if self.config.eos_token_id is None else self.config.eos_token_id
+        eos_token_ids = torch.tensor(eos_token_id, dtype=torch.long, device=input_ids.device).reshape(-1)
         is_eos = torch.isin(input_ids, eos_token_ids) & attention_mask.bool()
         return torch.where(is_eos.any(dim=-1), is_eos.long().argmax(dim=-1), last)
 
@@ -816,13 +817,7 @@ class CocaModel(CocaPreTrainedModel):
         if image_hidden_states is None:
             vision_outputs = _run_vision_model(self.vision_model, pixel_values, interpolate_pos_encoding, **kwargs)
         else:
-            expected = _vision_hidden_size(self.config)
-            if image_hidden_states.ndim != 3 or image_hidden_states.shape[-1] != expected:
-                raise ValueError(
-                    f"`image_hidden_states` must have shape (batch, tokens, {expected}), got "
-                    f"{tuple(image_hidden_states.shape)}."
-                )
-            vision_outputs = BaseModelOutput(last_hidden_state=image_hidden_states.to(self.dtype))
+            vision_outputs = _given_vision_outputs(self, image_hidden_states)
         pooled, tokens = self.image_pooler(vision_outputs.last_hidden_state, need_embedding, need_tokens)
         return None if pooled is None else self.visual_projection(pooled), tokens, vision_outputs
 
@@ -961,6 +956,16 @@ def _vision_hidden_size(config: CocaConfig) -> int:
     return sizes[-1] if sizes else vision.hidden_size
 
 
+def _given_vision_outputs(model: PreTrainedModel, image_hidden_states: torch.Tensor) -> BaseModelOutput:
+    """The image encoder's tokens, computed beforehand, in the model's dtype."""
+    expected = _vision_hidden_size(model.config)
+    if image_hidden_states.ndim != 3 or image_hidden_states.shape[-1] != expected:
+        raise ValueError(
+            f"`image_hidden_states` must have shape (batch, tokens, {expected}), got {tuple(image_hidden_states.shape)}."
+        )
+    return BaseModelOutput(last_hidden_state=image_hidden_states.to(model.dtype))
+
+
 def _timm_num_features(architecture: str, model_args: tuple) -> int:
     import timm
 
@@ -983,8 +988,11 @@ def _run_vision_model(
     if interpolate_pos_encoding:
         kwargs["interpolate_pos_encoding"] = True
     outputs = vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
-    if outputs.last_hidden_state.ndim == 4:
-        outputs.last_hidden_state = outputs.last_hidden_state.flatten(2).transpose(1, 2)
+    states = outputs.last_hidden_state
+    if states.ndim == 4:
+        # timm's Swin and its kin have the channels last
+        channels_last = model_type == "timm_wrapper" and vision_model.timm_model.num_features != states.shape[1]
+        outputs.last_hidden_state = states.flatten(1, 2) if channels_last else states.flatten(2).transpose(1, 2)
     return outputs
 
 
@@ -1268,6 +1276,13 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, CocaGenerationMixin):
                 encoder_hidden_states, past_key_values, input_ids if inputs_embeds is None else inputs_embeds, labels
             )
 
+        if labels is not None:
+            if attention_mask is None and input_ids is not None:
+                attention_mask = real_tokens(input_ids, config.text_config.pad_token_id)
+            if attention_mask is not None and attention_mask.ndim == 2:
+                # What comes before the first token of a text padded on the left is no context to predict it from
+                after_padding = F.pad(~attention_mask.bool(), (1, -1), value=False)
+                labels = labels.masked_fill(after_padding, IGNORE_INDEX)
         output_hidden_states = kwargs.pop("output_hidden_states", None)
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
@@ -1324,7 +1339,7 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, CocaGenerationMixin):
             logits=logits,
             contrastive_loss=loss_contrastive,
             caption_loss=loss_caption,
-            past_key_values=past_key_values if use_cache else None,
+            past_key_values=past_key_values if use_cache and not contrast else None,  # [CLS] would stay in it
             text_embeds=text_embeds,
             image_embeds=image_embeds,
             encoder_hidden_states=encoder_hidden_states,
@@ -1434,7 +1449,7 @@ class CocaForImageClassification(CocaPreTrainedModel):
         if image_hidden_states is None:
             outputs = _run_vision_model(self.vision_model, pixel_values, interpolate_pos_encoding, **kwargs)
         else:
-            outputs = BaseModelOutput(last_hidden_state=image_hidden_states)
+            outputs = _given_vision_outputs(self, image_hidden_states)
         pooled, _ = self.pooler(outputs.last_hidden_state)
         logits = self.classifier(pooled[:, 0])
         return ImageClassifierOutput(

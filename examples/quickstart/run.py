@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from emoji_data import load_emoji
 from encoder import load_efficientnet_lite0
-from features import Augmentation, compute_features
+from features import compute_features
 from page import write_page
 from results import answer_questions, build_page, embed_queries, evaluate_split
 from torch.utils.data import Dataset as TorchDataset
@@ -240,10 +240,7 @@ def main() -> None:
         for split in data:
             views = args.views if split == "train" else 1
             path = cache / "features" / f"{name}-{image_size}px-{views}views-{split}.npy"
-            # Colours stay as they are: a change of gamma or saturation turns one skin tone into another
-            features[split] = compute_features(
-                data[split], encoder, image_size, views, args.seed, path, Augmentation(color=0.0), desc=split
-            )
+            features[split] = compute_features(data[split], encoder, image_size, views, args.seed, path, desc=split)
 
     processor = build_processor(data["train"], image_size)
     model = build_model(args, processor.tokenizer, encoder, image_size)

@@ -48,7 +48,7 @@ $(VENV)/.installed-%: $(VENV)/.created pyproject.toml
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit("%s is Python %d.%d: modeling_coca needs 3.11 or newer (make PYTHON=...)" % ("$(PYTHON)", *sys.version_info[:2]) if sys.version_info < (3, 11) else 0)'
 	@echo "==> [1/3] virtual environment $(VENV)"
-	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 .SECONDARY: $(VENV)/.created

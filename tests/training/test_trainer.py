@@ -22,6 +22,9 @@ from modeling_coca.training import ClampLogitScaleCallback, CocaDataCollator, Co
 COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0), "white": (255, 255, 255)}
 
 
+pytestmark = pytest.mark.slow  # minutes on one core
+
+
 @pytest.fixture(scope="module")
 def dataset():
     rows = [(name, Image.fromarray(np.full((32, 32, 3), color, np.uint8))) for name, color in COLORS.items()] * 3

@@ -8,9 +8,11 @@ from PIL import Image
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ChannelDimension, SizeDict
-from transformers.utils import TensorType, is_torchvision_available
+from transformers.processing_utils import Unpack
+from transformers.utils import TensorType, is_torchvision_available, requires_backends
 
 from .image_processing_pil_coca import (
+    CocaImageProcessorKwargs,
     CocaImageProcessorMixin,
     crop_box,
     resize_and_crop,
@@ -42,6 +44,10 @@ class CocaImageProcessor(CocaImageProcessorMixin, TorchvisionBackend):
     torch.Size([4, 3, 64, 64])
     ```
     """
+
+    def __init__(self, **kwargs: Unpack[CocaImageProcessorKwargs]):
+        requires_backends(self, ["torchvision"])
+        super().__init__(**kwargs)
 
     def process_image(
         self,

@@ -173,10 +173,9 @@ class CocaImageProcessorMixin:
         }
         if height == width and settings["resize_mode"] == "shortest":
             settings["size"] = {"shortest_edge": height}
-        # "random" is for training only, and open_clip's non-square "shortest" ignores the setting.
-        if config.get("interpolation") == "bilinear" and not (
-            height != width and settings["resize_mode"] == "shortest"
-        ):
+        # "random" is for training only, and open_clip's non-square "shortest" is bicubic whatever the setting.
+        always_bicubic = height != width and settings["resize_mode"] == "shortest"
+        if config.get("interpolation") == "bilinear" and not always_bicubic:
             settings["resample"] = PILImageResampling.BILINEAR
         for name, setting in (("mean", "image_mean"), ("std", "image_std")):
             if name in config:
@@ -231,7 +230,7 @@ class CocaImageProcessorMixin:
         return kwargs
 
     def fetch_images(self, image_url_or_urls):
-        """Loads paths and URLs, which turns them upright by their EXIF tag and makes them RGB; leaves images as they are.
+        """Loads paths and URLs, upright by their EXIF tag and as RGB; leaves images as they are.
 
         A PIL image is never turned, as in open_clip: call `ImageOps.exif_transpose` on a photo first if it needs it.
         """
@@ -325,8 +324,8 @@ class CocaImageProcessorPil(CocaImageProcessorMixin, PilBackend):
 
     The image is resized to `size` in its own mode, cropped at the centre to `crop_size`, made RGB (alpha is dropped),
     scaled to [0, 1] and normalised. `size=288` alone sets both sizes; `size={"height": 224, "width": 336}` is a target
-    that is not square. Arrays of 8 bits are treated as the PIL image they make, arrays of floats are resized as floats.
-    EXIF orientation is not applied to PIL images, as in open_clip.
+    that is not square. Arrays of 8 bits are treated as the PIL image they make; arrays of floats are resized as
+    floats, neither rounded nor clipped. EXIF orientation is not applied to PIL images, as in open_clip.
 
     Example:
 

@@ -40,7 +40,7 @@ class CocaProcessor(ProcessorMixin):
     >>> from PIL import Image
     >>> from modeling_coca import CocaImageProcessor, CocaProcessor, CocaTokenizer
 
-    >>> tokenizer = CocaTokenizer().train_new_from_iterator(["a photo of a red fox"], vocab_size=450)
+    >>> tokenizer = CocaTokenizer().train_new_from_iterator(["a photo of a red fox"] * 9, vocab_size=450)
     >>> processor = CocaProcessor(CocaImageProcessor(size=64), tokenizer)
     >>> image = Image.new("RGB", (80, 60), "red")
     >>> inputs = processor(images=[image, image], text=["a photo of", "a red"], return_tensors="pt")

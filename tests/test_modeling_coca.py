@@ -405,6 +405,33 @@ def test_eager_equals_sdpa(quirks, side):
     torch.testing.assert_close(results["eager"], results["sdpa"], rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_flex_attention_equals_sdpa(monkeypatch, side):
+    """Forward only, and not compiled: on a CPU it has no backward pass, and compiling takes a minute."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from transformers import masking_utils
+    from transformers.integrations import flex_attention as integration
+
+    monkeypatch.setattr(
+        integration, "compile_friendly_flex_attention", lambda *args, training=False, **kw: flex_attention(*args, **kw)
+    )
+    monkeypatch.setattr(
+        masking_utils, "create_block_mask", lambda *args, _compile=False, **kw: create_block_mask(*args, **kw)
+    )
+    model = build()
+    ids, mask = pad(TEXTS, side=side)
+    kwargs = {"attention_mask": mask, "labels": labels_of(ids, mask), "logits_to_keep": 0}
+    with torch.no_grad():
+        expected = model(ids, images(4), **kwargs)
+        model.set_attn_implementation("flex_attention")
+        assert model.model.image_pooler.caption_pooler.attn.config._attn_implementation == "flex_attention"
+        outputs = model(ids, images(4), **kwargs)
+    torch.testing.assert_close(outputs.logits[mask.bool()], expected.logits[mask.bool()], rtol=1e-4, atol=2e-5)
+    for name in ("image_embeds", "text_embeds", "loss"):
+        torch.testing.assert_close(outputs[name], expected[name], rtol=1e-4, atol=2e-5)
+
+
 def test_each_part_may_have_its_own_attention():
     config = build_config()
     config._attn_implementation = {"": "eager", "text_config": "sdpa", "vision_config": "eager"}

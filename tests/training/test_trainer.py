@@ -1,5 +1,6 @@
 import copy
 import functools
+import json
 import math
 import operator
 import os
@@ -20,9 +21,6 @@ from modeling_coca.evaluation import RetrievalEvaluator
 from modeling_coca.training import ClampLogitScaleCallback, CocaDataCollator, CocaTrainer, freeze
 
 COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0), "white": (255, 255, 255)}
-
-
-pytestmark = pytest.mark.slow  # minutes on one core
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +74,13 @@ def logs_of(trainer, key="loss"):
 
 def test_plain_trainer_trains_both_losses(model, arguments, dataset, processor):
     before = copy.deepcopy(model.state_dict())
-    trainer = Trainer(model, arguments(max_steps=6), CocaDataCollator(processor, caption_choice="first"), dataset)
+    rows = dataset.select(range(4))
+    args = arguments(max_steps=6, learning_rate=1e-3)
+    trainer = Trainer(model, args, CocaDataCollator(processor, caption_choice="first"), rows)
     trainer.train()
     losses = [entry["loss"] for entry in logs_of(trainer)]
     assert len(losses) == 6
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] - 0.1
     for name in ("lm_head.weight", "model.text_projection.weight", "model.image_pooler.contrastive_pooler.query"):
         assert not torch.equal(before[name], model.state_dict()[name])
     assert set(trainer.evaluate(dataset)) >= {"eval_loss"}
@@ -88,10 +88,11 @@ def test_plain_trainer_trains_both_losses(model, arguments, dataset, processor):
 
 def test_plain_trainer_trains_and_evaluates_the_dual_encoder(tiny_config, arguments, dataset, processor):
     dual = CocaModel(tiny_config())
-    trainer = Trainer(dual, arguments(max_steps=8), CocaDataCollator(processor, return_loss=True), dataset)
+    collator = CocaDataCollator(processor, caption_choice="first", return_loss=True)
+    trainer = Trainer(dual, arguments(max_steps=8, learning_rate=1e-3), collator, dataset.select(range(4)))
     trainer.train()
     losses = [entry["loss"] for entry in logs_of(trainer)]
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] - 0.1
     assert trainer.evaluate(dataset)["eval_loss"] > 0
 
 
@@ -329,6 +330,7 @@ def test_label_smoothing_is_refused(model, arguments, processor):
         CocaTrainer(model, arguments(label_smoothing_factor=0.1), CocaDataCollator(processor))
 
 
+@pytest.mark.slow
 def test_losses_are_means_over_processes(tmp_path):
     # Each of 2 processes logs what its own half of the batch gives: the mean of both must come out
     script = tmp_path / "run.py"
@@ -368,7 +370,7 @@ def test_losses_are_means_over_processes(tmp_path):
         )
     )
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     config = root / "hub_configs" / "coca-tiny" / "config.json"
     result = subprocess.run(
         [*command, str(config), str(tmp_path / "out")],
@@ -378,8 +380,6 @@ def test_losses_are_means_over_processes(tmp_path):
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    import json
-
     line = next(line for line in result.stdout.splitlines() if line.startswith("RESULT"))
     halves, entry, metrics = json.loads(line.removeprefix("RESULT"))
     expected = np.mean(halves[:2], axis=0)

@@ -33,6 +33,11 @@ def as_coca_cache(past_key_values: Cache | None) -> EncoderDecoderCache | None:
     return CocaCache(past_key_values, DynamicCache())
 
 
+def has_image(past_key_values: Cache | None) -> bool:
+    """Whether the keys and values of the images are there."""
+    return isinstance(past_key_values, EncoderDecoderCache) and past_key_values.is_updated.get(0, False)
+
+
 def check_one_image_input(**inputs: torch.Tensor | None) -> None:
     given = [name for name, value in inputs.items() if value is not None]
     if len(given) > 1:
@@ -49,6 +54,11 @@ def real_tokens(input_ids: torch.LongTensor, pad_token_id: int | None) -> torch.
     return (is_token.cumsum(-1) > 0) & (is_token.flip(-1).cumsum(-1).flip(-1) > 0)
 
 
+def hide_after_pad_id(input_ids: torch.LongTensor, real: torch.BoolTensor, pad_token_id: int) -> torch.BoolTensor:
+    """(B, T): open_clip's shifted mask looks at ids, so a real token that has the padding id hides the one after it."""
+    return real & ~torch.nn.functional.pad(real & (input_ids == pad_token_id), (1, -1), value=False)
+
+
 class CocaGenerationMixin(GenerationMixin):
     """Hooks of transformers' generation, for [`CocaForConditionalGeneration`]."""
 
@@ -56,7 +66,8 @@ class CocaGenerationMixin(GenerationMixin):
         if inputs is not None and inputs.ndim == 4 and model_kwargs.get("pixel_values") is None:
             inputs, model_kwargs = None, {"pixel_values": inputs, **model_kwargs}  # generate(pixel_values)
         inputs, input_name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
-        if input_name == "input_ids" and model_kwargs.get("past_key_values") is None:
+        cache = model_kwargs.get("past_key_values")
+        if input_name == "input_ids" and (cache is None or cache.get_seq_length() == 0):
             inputs, model_kwargs["attention_mask"] = self._prepare_prompt(inputs, model_kwargs.get("attention_mask"))
         return inputs, input_name, model_kwargs
 
@@ -106,9 +117,8 @@ class CocaGenerationMixin(GenerationMixin):
         images = {k: model_kwargs.pop(k, None) for k in ("pixel_values", "image_hidden_states")}
         interpolate_pos_encoding = model_kwargs.pop("interpolate_pos_encoding", False)
         check_one_image_input(**images, encoder_hidden_states=model_kwargs.get("encoder_hidden_states"))
-        past_key_values = as_coca_cache(model_kwargs.get("past_key_values"))
-        has_image_cache = past_key_values is not None and past_key_values.is_updated.get(0, False)
-        if any(value is not None for value in images.values()) and not has_image_cache:
+        past_key_values = model_kwargs.get("past_key_values")
+        if any(value is not None for value in images.values()) and not has_image(past_key_values):
             _, model_kwargs["encoder_hidden_states"], _ = self.model.encode_image(
                 **images, need_embedding=False, interpolate_pos_encoding=interpolate_pos_encoding
             )
@@ -122,7 +132,7 @@ class CocaGenerationMixin(GenerationMixin):
         texts: torch.Tensor,
         labels: torch.Tensor | None,
     ) -> None:
-        if past_key_values is not None and past_key_values.is_updated.get(0, False):
+        if has_image(past_key_values):
             return
         if encoder_hidden_states is None:
             raise ValueError("No image: give `pixel_values`, `image_hidden_states` or `encoder_hidden_states`.")
@@ -147,24 +157,30 @@ class CocaGenerationMixin(GenerationMixin):
             model_kwargs["encoder_hidden_states"] = encoder_hidden_states
         return input_ids, model_kwargs
 
-    def _prepare_generated_length(self, generation_config, has_default_max_length, input_ids_length, **kwargs):
+    def _prepare_generated_length(
+        self, generation_config, has_default_max_length, model_input_name, input_ids_length, inputs_tensor, **kwargs
+    ):
         """Generation ends with the context, there being no positions after it; that is also the default length."""
-        limit = self.config.text_config.max_text_length
+        context = self.config.text_config.max_text_length
+        prompt_length = max(input_ids_length, inputs_tensor.shape[1])
+        limit = context - (prompt_length - input_ids_length)  # `inputs_embeds` alone are not counted in `max_length`
         if has_default_max_length and generation_config.max_new_tokens is None:
             generation_config.max_new_tokens = max(limit - input_ids_length, 0)
         generation_config = super()._prepare_generated_length(
             generation_config=generation_config,
             has_default_max_length=has_default_max_length,
+            model_input_name=model_input_name,
             input_ids_length=input_ids_length,
+            inputs_tensor=inputs_tensor,
             **kwargs,
         )
-        if input_ids_length >= limit:
+        if prompt_length >= context:
             raise ValueError(
-                f"The prompt has {input_ids_length} tokens, the model's context is {limit} "
+                f"The prompt has {prompt_length} tokens, the model's context is {context} "
                 "(`text_config.max_text_length`): shorten the prompt."
             )
         if generation_config.max_length > limit:
-            logger.info(f"Generation stops at the model's context of {limit} tokens.")
+            logger.info(f"Generation stops at the model's context of {context} tokens.")
             generation_config.max_length = limit
         return generation_config
 
@@ -178,7 +194,9 @@ class CocaGenerationMixin(GenerationMixin):
         if cache is None or isinstance(cache, CocaCache):
             return
         if isinstance(cache, EncoderDecoderCache):  # a user's: beams must not reorder its cross-attention half
-            model_kwargs["past_key_values"] = CocaCache(cache.self_attention_cache, cache.cross_attention_cache)
+            own = CocaCache(cache.self_attention_cache, cache.cross_attention_cache)
+            cache.is_updated = own.is_updated  # so that the user's knows what is in it
+            model_kwargs["past_key_values"] = own
             return
         cross_attention_cache = DynamicCache()
         if isinstance(cache, StaticCache) and model_kwargs.get("encoder_hidden_states") is not None:
@@ -196,6 +214,15 @@ class CocaGenerationMixin(GenerationMixin):
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, *args, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
         )
-        if encoder_hidden_states is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+        # By the cache, not by `is_first_iteration`, which is never true for an assistant model
+        if encoder_hidden_states is not None and not has_image(model_inputs.get("past_key_values")):
             model_inputs["encoder_hidden_states"] = encoder_hidden_states
+        text_config, mask = self.config.text_config, kwargs.get("attention_mask")
+        if text_config.shifted_cls_mask and inputs_embeds is None:
+            # Only here are the ids of the cached tokens at hand
+            real = torch.ones_like(input_ids) if mask is None else mask
+            if real.shape == input_ids.shape:
+                shifted = hide_after_pad_id(input_ids, real.bool(), text_config.pad_token_id)
+                if not torch.equal(shifted, real.bool()):
+                    model_inputs["text_attention_mask"] = shifted
         return model_inputs

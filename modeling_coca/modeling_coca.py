@@ -29,7 +29,14 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_coca import CocaConfig, CocaTextConfig, CocaVisionConfig
-from .generation_coca import CocaCache, CocaGenerationMixin, as_coca_cache, check_one_image_input, real_tokens
+from .generation_coca import (
+    CocaCache,
+    CocaGenerationMixin,
+    as_coca_cache,
+    check_one_image_input,
+    hide_after_pad_id,
+    real_tokens,
+)
 from .loss_coca import IGNORE_INDEX, caption_loss, contrastive_loss
 
 # ----------------------------------------------------------------------------------------------------------- outputs
@@ -138,7 +145,7 @@ def eager_attention_forward(
     weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
-    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.softmax(weights, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
@@ -638,9 +645,7 @@ class CocaTextModel(CocaPreTrainedModel):
         if config.shifted_cls_mask:
             has_padding = lengths < config.max_text_length
             if input_ids is not None:
-                # Its mask looks at ids, so a real token that has the padding id hides the one after it
-                after_pad_id = F.pad(real & (input_ids == config.pad_token_id), (1, -1), value=False)
-                visible = visible & ~after_pad_id
+                visible = hide_after_pad_id(input_ids, real, config.pad_token_id)
             visible = torch.cat([visible, has_padding, ~has_padding], dim=-1)
             pad_token = torch.full_like(lengths, config.pad_token_id)
             extra_embeds.append(self.embed_tokens(pad_token))
@@ -713,6 +718,14 @@ class CocaTextModel(CocaPreTrainedModel):
             inputs_embeds, position_ids, attention_mask = self._append_cls(
                 inputs_embeds, position_ids, attention_mask.bool(), input_ids
             )
+        elif (
+            config.shifted_cls_mask
+            and input_ids is not None
+            and (past_key_values is None or past_key_values.get_seq_length() == 0)
+            and (attention_mask is None or attention_mask.shape == input_ids.shape)
+        ):
+            real = real_tokens(input_ids, config.pad_token_id) if attention_mask is None else attention_mask
+            attention_mask = hide_after_pad_id(input_ids, real.bool(), config.pad_token_id)
         hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
         mask = create_causal_mask(config, hidden_states, attention_mask, past_key_values=past_key_values)
         for layer in self.layers:
@@ -990,8 +1003,8 @@ def _run_vision_model(
     outputs = vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
     states = outputs.last_hidden_state
     if states.ndim == 4:
-        # timm's Swin and its kin have the channels last
-        channels_last = model_type == "timm_wrapper" and vision_model.timm_model.num_features != states.shape[1]
+        timm_model = getattr(vision_model, "timm_model", None)
+        channels_last = getattr(timm_model, "output_fmt", "NCHW") == "NHWC"  # Swin, for one
         outputs.last_hidden_state = states.flatten(1, 2) if channels_last else states.flatten(2).transpose(1, 2)
     return outputs
 
@@ -1260,6 +1273,7 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, CocaGenerationMixin):
             )
         if use_cache is None:
             use_cache = config.text_config.use_cache and labels is None and not self.training
+        use_cache = use_cache and not contrast  # [CLS] would stay in the cache
         past_key_values = as_coca_cache(past_key_values)
         if past_key_values is None and use_cache:
             past_key_values = CocaCache(DynamicCache(config=config.text_config), DynamicCache())
@@ -1287,9 +1301,10 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, CocaGenerationMixin):
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         unimodal_states, multimodal_states = self._split_hidden_states_selection(output_hidden_states)
+        text_attention_mask = kwargs.pop("text_attention_mask", None)
         text_outputs = self.model.text_model(
             input_ids,
-            attention_mask,
+            attention_mask if text_attention_mask is None else text_attention_mask,
             position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -1339,7 +1354,7 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, CocaGenerationMixin):
             logits=logits,
             contrastive_loss=loss_contrastive,
             caption_loss=loss_caption,
-            past_key_values=past_key_values if use_cache and not contrast else None,  # [CLS] would stay in it
+            past_key_values=past_key_values if use_cache else None,
             text_embeds=text_embeds,
             image_embeds=image_embeds,
             encoder_hidden_states=encoder_hidden_states,

@@ -210,7 +210,7 @@ def plain_image(model: CocaModel, image):
     if position == "encoder" or (config.pooler_type == "none" and position == "pooler"):
         tokens = norm(parts.layer_norm, tokens)
     if config.pooler_type == "none":
-        first, tokens = tokens[0], tokens[1:]
+        first, tokens = tokens[0], tokens[int(config.vision_config.use_class_token) :]
         vector = first if config.image_pooling == "first" else tokens.mean(0)
     elif config.pooler_type == "shared":
         pooled = plain_pooler(parts.caption_pooler, tokens, heads, position == "pooler")
@@ -318,6 +318,10 @@ def test_text_quirks_equal_plain_formulas(quirks):
         pytest.param({"vision": {"use_pre_layernorm": False}}, id="no_pre_layernorm"),
         pytest.param({"vision": {"use_class_token": False}}, id="no_class_token"),
         pytest.param(
+            {"vision": {"use_class_token": False}, "pooler_type": "none", "image_pooling": "mean"},
+            id="no_class_token-no_pooler",
+        ),
+        pytest.param(
             {"vision": {"layer_scale_init_value": 0.3}, "text": {"layer_scale_init_value": 0.2}}, id="layer_scale"
         ),
         pytest.param({"text": {"multimodal_intermediate_size": 36}}, id="multimodal_intermediate_size"),
@@ -403,6 +407,18 @@ def test_eager_equals_sdpa(quirks, side):
             "grads": {name: grad.clone() for name, grad in grads(model).items()},
         }
     torch.testing.assert_close(results["eager"], results["sdpa"], rtol=1e-4, atol=2e-5)
+
+
+def test_is_causal_does_not_reach_the_attention():
+    """Each layer knows whether it is. transformers' wrappers pass that flag on to everything inside."""
+    model = build()
+    ids, mask = pad(TEXTS)
+    for call in (
+        lambda **kwargs: model(ids, images(4), mask, **kwargs).logits,
+        lambda **kwargs: model.model(ids, images(4), mask, **kwargs).logits_per_image,
+        lambda **kwargs: model.model.vision_model(images(4), **kwargs).last_hidden_state,
+    ):
+        assert torch.equal(call(is_causal=True), call())
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

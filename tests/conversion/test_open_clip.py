@@ -175,7 +175,6 @@ def test_logits_are_those_of_open_clip(vector, model):
     assert_close(logits[:, :-1][valid], vector["out.logits"][valid], 1e-4)
 
 
-@pytest.mark.xfail(reason="CocaTextModel applies the shifted mask only where it appends [CLS]", strict=False)
 @torch.no_grad()
 def test_logits_after_a_padding_id_inside_a_text(vector, model):
     """The padding id inside a text hides the token after it (open_clip 3 and later), also without labels."""

@@ -724,7 +724,7 @@ class CocaTextModel(CocaPreTrainedModel):
             and (past_key_values is None or past_key_values.get_seq_length() == 0)
             and (attention_mask is None or attention_mask.shape == input_ids.shape)
         ):
-            real = real_tokens(input_ids, config.pad_token_id) if attention_mask is None else attention_mask
+            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             attention_mask = hide_after_pad_id(input_ids, real.bool(), config.pad_token_id)
         hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
         mask = create_causal_mask(config, hidden_states, attention_mask, past_key_values=past_key_values)

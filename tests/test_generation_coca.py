@@ -87,7 +87,8 @@ def argmax_loop(model, prompt: list[int], image: torch.Tensor, steps: int) -> li
     """The definition: no cache, no padding, one text at a time."""
     tokens = list(prompt)
     for _ in range(steps):
-        logits = model(torch.tensor([tokens]), image[None], use_cache=False).logits[0, -1]
+        ids = torch.tensor([tokens])
+        logits = model(ids, image[None], torch.ones_like(ids), use_cache=False).logits[0, -1]
         tokens.append(int(logits.argmax()))
         if tokens[-1] == EOS:
             break
@@ -327,6 +328,42 @@ def test_generated_padding_tokens_are_kept():
     sequence = model.generate(images(1), max_new_tokens=8, do_sample=False)[0].tolist()
     assert PAD in sequence
     assert sequence == argmax_loop(model, [BOS], images(1)[0], 8)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}, {"num_beams": 1}],
+    ids=["cache", "no_cache", "static", "prompt_lookup", "one_beam"],
+)
+@pytest.mark.parametrize("prompt", [[BOS, 7, PAD, 9], [BOS, PAD, PAD, 9], [BOS, 7, 9, PAD]], ids=str)
+def test_open_clips_mask_while_generating(prompt, kwargs):
+    """Its quirk: a token of the padding's id hides the one behind it. Also from the tokens to come."""
+    model = build(text={"shifted_cls_mask": True})
+    expected = argmax_loop(model, prompt, images(1)[0], 6)
+    ids = torch.tensor([prompt])
+    assert expected != argmax_loop(build(), prompt, images(1)[0], 6)
+    mask = torch.ones_like(ids)
+    sequence = model.generate(
+        pixel_values=images(1), input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **kwargs
+    )
+    assert sequence[0].tolist() == expected
+    if "prompt_lookup_num_tokens" not in kwargs:  # of which transformers has one for one text
+        ids, mask = pad([prompt, [BOS, 11]], extra=1)
+        sequences = model.generate(
+            pixel_values=images(2), input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **kwargs
+        )
+        assert trim(sequences[0]) == expected
+        assert trim(sequences[1]) == argmax_loop(model, [BOS, 11], images(2)[1], 6)
+
+
+def test_beams_with_open_clips_mask():
+    model = build(text={"shifted_cls_mask": True})
+    with torch.no_grad():  # beams part at tokens of the padding's id
+        model.lm_head.weight[PAD] = 1.1 * model.lm_head.weight[23]
+    kwargs = {"pixel_values": images(3), "num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 8}
+    expected = model.generate(**kwargs, do_sample=False, use_cache=False)
+    assert (expected == PAD).any()
+    assert torch.equal(model.generate(**kwargs, do_sample=False), expected)
 
 
 def test_several_prompts_for_one_image(model):

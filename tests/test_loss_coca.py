@@ -344,6 +344,15 @@ def test_one_pair(kind):
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_no_pairs(kind):
+    embeds = torch.ones(3, 2, requires_grad=True)
+    none = embeds[torch.zeros(3, dtype=torch.bool)]
+    loss = contrastive_loss(none @ none.t(), kind)
+    assert loss.item() == 0
+    assert torch.equal(torch.autograd.grad(loss, embeds)[0], torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_one_text_for_each_image(kind):
     with pytest.raises(ValueError, match="got 2 images and 3 texts"):
         contrastive_loss(torch.zeros(2, 3), kind)

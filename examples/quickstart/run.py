@@ -79,25 +79,13 @@ class Rows(TorchDataset):
         return len(self.captions)
 
     def __getitem__(self, index: int) -> dict:
-        row = {"question": "", "text": self.captions[index], "is_pair": True}
+        row = {"question": "", "text": self.captions[index]}
         if self.questions[index] and torch.rand(()) < self.question_share:
             pick = self.questions[index][int(torch.randint(len(self.questions[index]), ()))]
-            row = {"question": pick["question"], "text": pick["answer"], "is_pair": False}
+            row = {"question": pick["question"], "text": pick["answer"]}
         if self.features is None:
             return {"image": self.images[index], **row}
         return {"features": self.features[index, int(torch.randint(self.features.shape[1], ()))], **row}
-
-
-@dataclass
-class QuickstartCollator(CocaDataCollator):
-    """Captions are pairs for the contrastive loss; questions, which describe no whole image, are not."""
-
-    def __call__(self, rows):
-        batch = super().__call__(rows)
-        if "image_hidden_states" in batch:
-            batch["image_hidden_states"] = batch["image_hidden_states"].float()
-        batch["contrastive_mask"] = torch.tensor([row["is_pair"] for row in rows])
-        return batch
 
 
 class StopAt(TrainerCallback):
@@ -169,7 +157,7 @@ def build_model(
     return model
 
 
-def fit_steps(args: QuickstartArguments, model, rows: Rows, collator: QuickstartCollator) -> int:
+def fit_steps(args: QuickstartArguments, model, rows: Rows, collator: CocaDataCollator) -> int:
     """How many steps fit into the time, from a few steps of a copy of the model."""
     trial = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW([p for p in trial.parameters() if p.requires_grad], fused=True)
@@ -189,7 +177,7 @@ def fit_steps(args: QuickstartArguments, model, rows: Rows, collator: Quickstart
 
 def train(args: QuickstartArguments, model, rows: Rows, processor: CocaProcessor) -> float:
     """Trains in place; returns the seconds that it took."""
-    collator = QuickstartCollator(
+    collator = CocaDataCollator(
         processor,
         prefix_column="question",
         image_hidden_states_column=None if rows.features is None else "features",

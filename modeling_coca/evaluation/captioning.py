@@ -1,8 +1,8 @@
 """Captions against references: exact match, BLEU-4, CIDEr-D and ROUGE-L, without Java.
 
 On equal tokens the figures are those of `pycocoevalcap`, the COCO evaluation server's code. It is no dependency,
-because its package carries 100 MB of Java for other metrics. Of the libraries without Java, none does CIDEr-D for
-captions of images.
+because its package carries 100 MB of Java for other metrics; aac-metrics, which has CIDEr-D without Java, brings audio
+models along.
 """
 
 import math

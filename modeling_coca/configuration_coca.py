@@ -226,6 +226,11 @@ class CocaConfig(PreTrainedConfig):
             (timm models through `timm_wrapper`).
         text_config (`dict` or `CocaTextConfig`, *optional*):
             Both text stacks.
+        vision_feature_layers (`list[int]`, *optional*):
+            Earlier hidden states of the image encoder, by index, whose channels are joined to those of its last one. The
+            last layer of a classifier has forgotten much of colours and edges: with the quickstart's frozen EfficientNet
+            its first four feature maps took captions of new skin tones from a third right to three quarters and more.
+            Larger feature maps are averaged to the last one's grid.
         projection_dim (`int`, defaults to 512):
             Width of the shared embedding space.
         pooler_type (`str`, defaults to `"cascade"`):
@@ -299,6 +304,7 @@ class CocaConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 512
+    vision_feature_layers: list[int] | None = None
     pooler_type: Literal["cascade", "parallel", "shared", "none"] = "cascade"
     num_query_tokens: int = 256
     pooler_hidden_size: int | None = None

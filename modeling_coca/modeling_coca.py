@@ -828,7 +828,9 @@ class CocaModel(CocaPreTrainedModel):
         """
         check_one_image_input(pixel_values=pixel_values, image_hidden_states=image_hidden_states)
         if image_hidden_states is None:
-            vision_outputs = _run_vision_model(self.vision_model, pixel_values, interpolate_pos_encoding, **kwargs)
+            vision_outputs = run_vision_model(
+                self.vision_model, pixel_values, interpolate_pos_encoding, self.config.vision_feature_layers, **kwargs
+            )
         else:
             vision_outputs = _given_vision_outputs(self, image_hidden_states)
         pooled, tokens = self.image_pooler(vision_outputs.last_hidden_state, need_embedding, need_tokens)
@@ -961,12 +963,20 @@ def _build_vision_model(config: CocaConfig) -> PreTrainedModel:
 
 
 def _vision_hidden_size(config: CocaConfig) -> int:
-    """Width of the image encoder's tokens."""
-    vision = config.vision_config
+    """Width of the image encoder's tokens, with the earlier layers that are joined to them."""
+    vision, layers = config.vision_config, config.vision_feature_layers or []
     if vision.model_type == "timm_wrapper":
-        return _timm_num_features(vision.architecture, tuple(sorted((vision.model_args or {}).items())))
-    sizes = getattr(vision, "hidden_sizes", None)  # convolutional encoders give one for each stage
-    return sizes[-1] if sizes else vision.hidden_size
+        last, widths = _timm_widths(vision.architecture, tuple(sorted((vision.model_args or {}).items())))
+    elif sizes := getattr(vision, "hidden_sizes", None):  # convolutional encoders: the stem's width, and each stage's
+        last, widths = sizes[-1], [getattr(vision, "embedding_size", sizes[0]), *sizes]
+    else:
+        last, widths = vision.hidden_size, [vision.hidden_size] * (vision.num_hidden_layers + 1)
+    wrong = [layer for layer in layers if not -len(widths) <= layer < len(widths)]
+    if wrong:
+        raise ValueError(
+            f"`vision_feature_layers` {wrong} do not exist: the image encoder has {len(widths)} hidden states."
+        )
+    return last + sum(widths[layer] for layer in layers)
 
 
 def _given_vision_outputs(model: PreTrainedModel, image_hidden_states: torch.Tensor) -> BaseModelOutput:
@@ -979,33 +989,60 @@ def _given_vision_outputs(model: PreTrainedModel, image_hidden_states: torch.Ten
     return BaseModelOutput(last_hidden_state=image_hidden_states.to(model.dtype))
 
 
-def _timm_num_features(architecture: str, model_args: tuple) -> int:
+def _timm_widths(architecture: str, model_args: tuple) -> tuple[int, list[int]]:
+    """Channels of a timm model's last feature map and of its intermediate ones."""
     import timm
 
     with torch.device("meta"):
-        return timm.create_model(architecture, pretrained=False, num_classes=0, **dict(model_args)).num_features
+        model = timm.create_model(architecture, pretrained=False, num_classes=0, **dict(model_args))
+    return model.num_features, [info["num_chs"] for info in model.feature_info]
 
 
-def _run_vision_model(
-    vision_model: PreTrainedModel, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool, **kwargs
+def run_vision_model(
+    vision_model: PreTrainedModel,
+    pixel_values: torch.Tensor | None,
+    interpolate_pos_encoding: bool = False,
+    feature_layers: list[int] | None = None,
+    **kwargs: Unpack[TransformersKwargs],
 ) -> BaseModelOutput:
-    """Any vision model's tokens as (B, N, D); feature maps (B, D, height, width) are flattened."""
+    """
+    Any vision model's tokens, in the one form that the poolers take.
+
+    Args:
+        vision_model (`PreTrainedModel`): a vision model of transformers, or of timm through `timm_wrapper`.
+        pixel_values (`(B, channels, height, width)`): images.
+        interpolate_pos_encoding (`bool`): passed on if true.
+        feature_layers (`list[int]`, *optional*): see `CocaConfig.vision_feature_layers`.
+
+    Returns:
+        the model's output with `last_hidden_state` (B, N, D). Feature maps are read row by row.
+    """
     if pixel_values is None:
         raise ValueError("`pixel_values` are missing (or `image_hidden_states` instead of them).")
     model_type = vision_model.config.model_type
+    wants_hidden_states = kwargs.pop("output_hidden_states", None)
     if model_type != "coca_vision_model":
-        kwargs = {k: v for k, v in kwargs.items() if k in ("output_hidden_states", "output_attentions") and v}
+        kwargs = {"output_attentions": True} if kwargs.get("output_attentions") else {}
     if model_type == "timm_wrapper":
-        kwargs.pop("output_attentions", None)  # which timm refuses
-        kwargs["do_pooling"] = False
+        kwargs = {"do_pooling": False}  # timm refuses `output_attentions`
     if interpolate_pos_encoding:
         kwargs["interpolate_pos_encoding"] = True
+    if wants_hidden_states or feature_layers:
+        kwargs["output_hidden_states"] = True if feature_layers else wants_hidden_states
     outputs = vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
-    states = outputs.last_hidden_state
+
+    states, earlier = outputs.last_hidden_state, [outputs.hidden_states[i] for i in feature_layers or []]
     if states.ndim == 4:
         timm_model = getattr(vision_model, "timm_model", None)
-        channels_last = getattr(timm_model, "output_fmt", "NCHW") == "NHWC"  # Swin, for one
-        outputs.last_hidden_state = states.flatten(1, 2) if channels_last else states.flatten(2).transpose(1, 2)
+        if getattr(timm_model, "output_fmt", "NCHW") == "NHWC":  # Swin, for one
+            states = states.permute(0, 3, 1, 2)
+        earlier = [F.adaptive_avg_pool2d(state, states.shape[-2:]) for state in earlier]
+        states = torch.cat([*earlier, states], dim=1).flatten(2).transpose(1, 2)
+    elif earlier:
+        states = torch.cat([*earlier, states], dim=-1)
+    outputs.last_hidden_state = states
+    if not wants_hidden_states:
+        outputs.hidden_states = None
     return outputs
 
 
@@ -1462,7 +1499,9 @@ class CocaForImageClassification(CocaPreTrainedModel):
         """
         check_one_image_input(pixel_values=pixel_values, image_hidden_states=image_hidden_states)
         if image_hidden_states is None:
-            outputs = _run_vision_model(self.vision_model, pixel_values, interpolate_pos_encoding, **kwargs)
+            outputs = run_vision_model(
+                self.vision_model, pixel_values, interpolate_pos_encoding, self.config.vision_feature_layers, **kwargs
+            )
         else:
             outputs = _given_vision_outputs(self, image_hidden_states)
         pooled, _ = self.pooler(outputs.last_hidden_state)

@@ -12,7 +12,9 @@ import re
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from transformers import TimmWrapperConfig, TimmWrapperModel
+from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperModel
+
+from modeling_coca.modeling_coca import run_vision_model
 
 IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)  # of EfficientNet-Lite's training
 
@@ -57,10 +59,9 @@ def timm_name(name: str, first_of_stage: list[int]) -> str:
 
 
 @torch.inference_mode()
-def encode(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Runs a vision model on [B, 3, S, S]. Returns its tokens [B, N, C]; a map [B, C, H, W] is read row by row."""
-    hidden = model(pixel_values=pixel_values).last_hidden_state
-    return hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
+def encode(model: PreTrainedModel, pixel_values: torch.Tensor, feature_layers: list[int] | None = None) -> torch.Tensor:
+    """Runs a vision model on [B, 3, S, S]. Returns its tokens [B, N, C] as CoCa takes them."""
+    return run_vision_model(model, pixel_values, feature_layers=feature_layers).last_hidden_state
 
 
 def optimize_for_cpu(model: nn.Module, image_size: int) -> nn.Module:

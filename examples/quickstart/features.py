@@ -32,20 +32,18 @@ __all__ = ["Augmentation", "augmented_view", "compute_features", "load_efficient
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far a view may stray from the picture. There is no flip (some captions say "facing right"), and hue stays
-    (captions name colours and skin tones).
+    """How far a view may stray from the picture. There is no flip (some captions say "facing right"), and colours stay
+    (captions name them, and skin tones).
 
     Attributes:
         scale: Smallest and largest zoom.
         shift: Largest move along each axis, in picture widths.
         rotate: Largest rotation, in degrees.
-        color: Largest change of gamma and saturation, as the logarithm of a factor.
     """
 
-    scale: tuple[float, float] = (0.8, 1.15)
-    shift: float = 0.08
-    rotate: float = 10.0
-    color: float = 0.2
+    scale: tuple[float, float] = (0.85, 1.1)
+    shift: float = 0.06
+    rotate: float = 8.0
 
 
 # Views
@@ -76,13 +74,6 @@ def augmented_view(image: Image.Image, size: int, augmentation: Augmentation, rn
     )
 
 
-def change_colors(pixels: torch.Tensor, augmentation: Augmentation, rng: np.random.Generator) -> torch.Tensor:
-    """Random gamma and saturation of a picture [3, S, S] with values in [0, 1]: hues, black and white stay."""
-    gamma, saturation = np.exp(rng.uniform(-augmentation.color, augmentation.color, 2)).tolist()
-    gray = pixels.mean(0, keepdim=True)
-    return (gray + (pixels - gray) * saturation).clamp(0, 1) ** gamma
-
-
 # Features
 
 
@@ -93,6 +84,7 @@ def compute_features(
     views: int,
     seed: int,
     out_path: str | os.PathLike[str],
+    feature_layers: list[int] | None = None,
     augmentation: Augmentation | None = None,
     image_mean: tuple[float, ...] = IMAGE_MEAN,
     image_std: tuple[float, ...] = IMAGE_STD,
@@ -111,6 +103,7 @@ def compute_features(
         views: Views per picture.
         seed: Of the augmentation. A view depends only on the seed, its row and its number.
         out_path: `.npy` file.
+        feature_layers: See `CocaConfig.vision_feature_layers`.
         augmentation: Bounds of the random views.
         image_mean: Of the encoder's training.
         image_std: Of the encoder's training.
@@ -127,7 +120,7 @@ def compute_features(
         "weights": _digest(tensor.detach().cpu().numpy().tobytes() for tensor in vision_model.state_dict().values()),
         "encoder": str(vision_model.config.to_dict().get("architecture", vision_model.config.model_type)),
         "pictures": _digest(row[image_column]["bytes"] or row[image_column]["path"].encode() for row in pictures),
-        "settings": [image_size, views, seed if views > 1 else None, list(image_mean), list(image_std)],
+        "settings": [image_size, feature_layers, views, seed if views > 1 else None, list(image_mean), list(image_std)],
         "augmentation": json.loads(json.dumps(asdict(augmentation))) if views > 1 else None,
     }
     key_path = out_path.with_name(out_path.name + ".json")
@@ -142,7 +135,7 @@ def compute_features(
         rng = np.random.default_rng([seed, index, view])
         image = augmented_view(image, image_size, augmentation, rng) if view else plain_view(image, image_size)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-        return ((change_colors(pixels, augmentation, rng) if view else pixels) - mean) / std
+        return (pixels - mean) / std
 
     jobs = [(index, view) for index in range(len(pictures)) for view in range(views)]
     # 16 is the least with which PyTorch hands 1x1 convolutions to oneDNN on one thread
@@ -155,7 +148,7 @@ def compute_features(
         pixel_values = torch.stack([load(index, view) for index, view in batch])
         if on_cpu:
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        tokens = encode(model, pixel_values.to(vision_model.device)).to("cpu", torch.float16).numpy()
+        tokens = encode(model, pixel_values.to(vision_model.device), feature_layers).to("cpu", torch.float16).numpy()
         rows, columns = zip(*batch, strict=True)
         array[list(rows), list(columns)] = tokens
         return len(batch)
@@ -167,7 +160,8 @@ def compute_features(
         with single_threads() as workers, tqdm(total=len(jobs), desc=desc, unit="img") as bar:
             if on_cpu:
                 model = workers.submit(optimize_for_cpu, model, image_size).result()
-            shape = encode(model, torch.zeros(1, 3, image_size, image_size, device=vision_model.device)).shape[1:]
+            example = torch.zeros(1, 3, image_size, image_size, device=vision_model.device)
+            shape = encode(model, example, feature_layers).shape[1:]
             array = np.lib.format.open_memmap(unfinished, "w+", np.float16, (len(pictures), views, *shape))
             for done in as_completed([workers.submit(run, batch) for batch in batches]):
                 bar.update(done.result())

@@ -37,6 +37,9 @@ from modeling_coca.training import CocaDataCollator, CocaTrainer, freeze
 
 logger = logging.getLogger("quickstart")
 
+# EfficientNet-Lite0's feature maps before the last: they still know colours, and so skin tones
+FEATURE_LAYERS = [0, 1, 2, 3]
+
 
 @dataclass
 class QuickstartArguments:
@@ -52,7 +55,7 @@ class QuickstartArguments:
     image_size: int | None = field(
         default=None, metadata={"help": "Pixels: 128 for the frozen encoder, 64 from scratch."}
     )
-    views: int = field(default=4, metadata={"help": "Augmented views of each training picture (frozen encoder)."})
+    views: int = field(default=3, metadata={"help": "Augmented views of each training picture (frozen encoder)."})
     train_minutes: float = field(default=5.5, metadata={"help": "Time for training; the schedule is fitted to it."})
     max_steps: int | None = field(default=None, metadata={"help": "Number of steps instead."})
     batch_size: int = 128
@@ -145,6 +148,7 @@ def build_model(
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         },
+        vision_feature_layers=FEATURE_LAYERS if encoder is not None and args.vision_model is None else None,
         num_query_tokens=16,
         num_pooler_attention_heads=4,
         projection_dim=128,
@@ -224,11 +228,14 @@ def main() -> None:
     image_size = args.image_size or (128 if encoder is not None else 64)
     features = dict.fromkeys(data)
     if encoder is not None:
+        feature_layers = None if args.vision_model else FEATURE_LAYERS
         name = (args.vision_model or "efficientnet-lite0").replace("/", "--")
         for split in data:
             views = args.views if split == "train" else 1
             path = cache / "features" / f"{name}-{image_size}px-{views}views-{split}.npy"
-            features[split] = compute_features(data[split], encoder, image_size, views, args.seed, path, desc=split)
+            features[split] = compute_features(
+                data[split], encoder, image_size, views, args.seed, path, feature_layers, desc=split
+            )
 
     processor = build_processor(data["train"], image_size)
     model = build_model(args, processor.tokenizer, encoder, image_size)

@@ -969,8 +969,13 @@ def _vision_hidden_size(config: CocaConfig) -> int:
         last, widths = _timm_widths(vision.architecture, tuple(sorted((vision.model_args or {}).items())))
     elif sizes := getattr(vision, "hidden_sizes", None):  # convolutional encoders: the stem's width, and each stage's
         last, widths = sizes[-1], [getattr(vision, "embedding_size", sizes[0]), *sizes]
+    elif hasattr(vision, "hidden_size"):
+        last, widths = vision.hidden_size, [vision.hidden_size] * (getattr(vision, "num_hidden_layers", 0) + 1)
     else:
-        last, widths = vision.hidden_size, [vision.hidden_size] * (vision.num_hidden_layers + 1)
+        raise ValueError(
+            f"`vision_config` of type {vision.model_type!r} names no `hidden_size`: use the timm model of that name "
+            "(`timm_wrapper`)."
+        )
     wrong = [layer for layer in layers if not -len(widths) <= layer < len(widths)]
     if wrong:
         raise ValueError(
@@ -1039,6 +1044,11 @@ def run_vision_model(
         earlier = [F.adaptive_avg_pool2d(state, states.shape[-2:]) for state in earlier]
         states = torch.cat([*earlier, states], dim=1).flatten(2).transpose(1, 2)
     elif earlier:
+        if any(state.shape[:2] != states.shape[:2] for state in earlier):
+            shapes = [tuple(state.shape) for state in (*earlier, states)]
+            raise ValueError(
+                f"`vision_feature_layers` {feature_layers} have other numbers of tokens than the last: {shapes}."
+            )
         states = torch.cat([*earlier, states], dim=-1)
     outputs.last_hidden_state = states
     if not wants_hidden_states:

@@ -1601,3 +1601,54 @@ def test_other_encoder_as_classifier():
     outputs = model(torch.randn(2, 3, 32, 32), labels=torch.tensor([0, 2]))
     outputs.loss.backward()
     assert outputs.logits.shape == (2, 3)
+
+
+FEATURE_LAYERS = {
+    "coca": ({}, 16, [0, -2], 3 * 24),
+    "vit": (ENCODERS["vit"][0], 16, [1], 2 * 24),
+    "resnet": (ENCODERS["resnet"][0], 32, [0, 1], 8 + 8 + 16),
+    "convnext": (ENCODERS["convnext"][0], 32, [1], 8 + 16),
+    "timm-resnet": (ENCODERS["timm-resnet"][0], 64, [1, 2], 32 + 48 + 96),
+    "timm-efficientnet": (ENCODERS["timm-efficientnet"][0], 64, [0, 3], 16 + 48 + 256),
+}
+
+
+@pytest.mark.parametrize("name", FEATURE_LAYERS)
+def test_earlier_layers_are_joined_to_the_last(name):
+    """Channel by channel; maps are averaged to the last one's grid."""
+    vision, side, layers, width = FEATURE_LAYERS[name]
+    model = build(vision=vision, vision_feature_layers=layers)
+    pixel_values = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        features = model.get_image_features(pixel_values)
+        kwargs = {"do_pooling": False} if name.startswith("timm") else {}
+        own = model.model.vision_model(pixel_values, output_hidden_states=True, **kwargs)
+    states = [*(own.hidden_states[layer] for layer in layers), own.last_hidden_state]
+    if states[-1].ndim == 4:
+        grid = states[-1].shape[-1]
+        states = [
+            state.unflatten(-1, (grid, -1)).unflatten(-3, (grid, -1)).mean((-3, -1)).flatten(2).transpose(1, 2)
+            for state in states
+        ]
+    expected = torch.cat(states, dim=-1)
+    assert expected.shape[-1] == width
+    torch.testing.assert_close(features.last_hidden_state, expected)
+    assert features.hidden_states is None
+    again = model.get_image_features(image_hidden_states=expected)
+    torch.testing.assert_close(again.image_embeds, features.image_embeds)
+    ids, mask = pad(TEXTS[:2])
+    assert train_step(model, ids, mask, pixel_values).loss.isfinite()
+    assert model.generate(pixel_values=pixel_values, max_new_tokens=2).shape[0] == 2
+    classifier = build(CocaForImageClassification, vision=vision, vision_feature_layers=layers)
+    assert classifier(pixel_values).logits.isfinite().all()
+
+
+def test_feature_layers_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"`vision_feature_layers` \[9\]"):
+        build(vision_feature_layers=[9])
+    swin = build(vision=ENCODERS["swin"][0])
+    swin.config.vision_feature_layers = [0]
+    with pytest.raises(ValueError, match="`vision_feature_layers`"):
+        swin.get_image_features(torch.randn(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="`hidden_size`"):
+        build(vision={"model_type": "efficientnet"})

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from emoji_data import TONES
 from page import (
-    EMOJI_CREDITS,
+    SPLITS,
     Caption,
     Hit,
     PageResults,
@@ -20,7 +20,6 @@ from sacrebleu import corpus_bleu
 from modeling_coca import CocaForConditionalGeneration, CocaProcessor
 
 BATCH_SIZE = 128
-FREE_QUERIES = ("a fruit", "a red heart", "a building", "an animal face")
 
 
 def _batches(dataset: Dataset, features: np.ndarray | None, processor: CocaProcessor):
@@ -48,14 +47,13 @@ def other_tones(caption: str, tone: str) -> list[str]:
     return [caption.replace(f"{tone} skin tone", f"{other} skin tone") for other in TONES]
 
 
-def class_embeddings(model, processor, dataset: Dataset) -> tuple[list[str], torch.Tensor]:
-    """Each group's embedding by words alone: the mean over its name and the names of its subgroups."""
-    groups = sorted(set(dataset["group"]))
-    pairs = sorted(set(zip(dataset["group"], dataset["subgroup"], strict=True)))
-    embeds = []
-    for group in groups:
-        words = [group.replace("&", "and")] + [sub.replace("&", "and") for g, sub in pairs if g == group]
-        embeds.append(text_embeddings(model, processor, words).mean(dim=0))
+def class_embeddings(model, processor, train: Dataset) -> tuple[list[str], torch.Tensor]:
+    """Groups, each described by words alone: the mean over its name and the names of its members in training."""
+    members: dict[str, set[str]] = {}
+    for group, caption in zip(train["group"], train["caption"], strict=True):
+        members.setdefault(group, {group.replace("&", "and")}).add(caption)
+    groups = sorted(members)
+    embeds = [text_embeddings(model, processor, sorted(members[group])).mean(dim=0) for group in groups]
     return groups, F.normalize(torch.stack(embeds), dim=-1)
 
 
@@ -66,6 +64,7 @@ def evaluate_split(
     dataset: Dataset,
     features: np.ndarray | None,
     all_captions: list[str],
+    classes: tuple[list[str], torch.Tensor] | None,
 ) -> tuple[dict[str, float], dict]:
     """Scores of a split, and the captions and embeddings behind them. Embedding and caption come from one pass."""
     embeds, captions = [], []
@@ -88,29 +87,34 @@ def evaluate_split(
         "i2t_r1_all": float(np.mean([n == index[t] for n, t in zip(nearest, truths, strict=True)])),
         "t2i_r1_all": float(np.mean([truths[f] == t for f, t in zip(found, truths, strict=True)])),
     }
-    groups, group_embeds = class_embeddings(model, processor, dataset)
-    group_scores = embeds @ group_embeds.T
-    predicted = group_scores.argmax(dim=-1).tolist()
-    scores["zero_shot_group"] = float(
-        np.mean([groups[p] == g for p, g in zip(predicted, dataset["group"], strict=True)])
+    outputs = {"captions": captions, "embeds": embeds}
+    if classes is not None:
+        groups, group_embeds = classes
+        probabilities = (model.model.logit_scale.exp() * (embeds @ group_embeds.T)).softmax(dim=-1)
+        predicted = [groups[i] for i in probabilities.argmax(dim=-1).tolist()]
+        scores["zero_shot_group"] = float(np.mean([p == g for p, g in zip(predicted, dataset["group"], strict=True)]))
+        outputs["groups"] = groups, probabilities
+    toned = (
+        [(i, tones[0]) for i, tones in enumerate(dataset["tones"]) if len(tones) == 1]
+        if "tones" in dataset.features
+        else []
     )
-    toned = [i for i, tones in enumerate(dataset["tones"]) if len(tones) == 1]
     if toned:
         right = []
-        for i in toned:
-            tone = dataset["tones"][i][0]
+        for i, tone in toned:
             choices = text_embeddings(model, processor, other_tones(truths[i], tone))
             right.append(TONES[int((choices @ embeds[i]).argmax())] == tone)
         scores["tone"] = float(np.mean(right))
-    probabilities = (model.model.logit_scale.exp() * group_scores).softmax(dim=-1)
-    return scores, {"captions": captions, "embeds": embeds, "groups": groups, "group_probabilities": probabilities}
+    return scores, outputs
 
 
 @torch.inference_mode()
-def answer_questions(model, processor, dataset: Dataset, features: np.ndarray | None) -> list[dict]:
+def answer_questions(
+    model, processor, dataset: Dataset, questions_of_rows: list[list[dict]], features: np.ndarray | None
+) -> list[dict]:
     """Each picture's first question that is not about the artist, answered from the question as prefix."""
     picks = []
-    for i, pairs in enumerate(dataset["qa"]):
+    for i, pairs in enumerate(questions_of_rows):
         pairs = [pair for pair in pairs if "style" not in pair["question"]]
         picks += [(i, pairs[i % len(pairs)])] if pairs else []
     answers = []
@@ -131,79 +135,87 @@ def answer_questions(model, processor, dataset: Dataset, features: np.ndarray | 
     return answers
 
 
-def embed_queries(model, processor, data: DatasetDict) -> dict[str, torch.Tensor]:
-    """Texts to search for: names of new drawings, spread over the split, and free words."""
-    names = list(data["test_style"]["caption"])
-    texts = [names[i] for i in np.linspace(5, len(names) - 5, 4).astype(int)] + list(FREE_QUERIES)
+def embed_queries(model, processor, dataset: Dataset, free: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+    """Texts to search for: captions of held-out pictures, spread over the split, and free words."""
+    texts = [dataset[i]["caption"] for i in spaced(6 - len(free) // 2, len(dataset) - 1)] + list(free)
     return dict(zip(texts, text_embeddings(model, processor, texts), strict=True))
 
 
+def spaced(count: int, total: int) -> list[int]:
+    """Indices spread evenly over a split, so that nobody chose them."""
+    return np.linspace(0, total - 1, min(count, total)).astype(int).tolist()
+
+
 def build_page(
-    metrics: dict, outputs: dict[str, dict], answers: list[dict], queries: dict[str, torch.Tensor], data: DatasetDict
+    metrics: dict,
+    outputs: dict[str, dict],
+    answers: list[dict],
+    queries: dict[str, torch.Tensor],
+    data: DatasetDict,
+    credits: tuple[str, ...],
 ) -> PageResults:
-    """Picks what to show: evenly spaced over each split, so that nobody chose it, and failures as they come."""
-
-    def spaced(count: int, total: int) -> list[int]:
-        return np.linspace(0, total - 1, min(count, total)).astype(int).tolist()
-
-    style, comp = data["test_style"], data["test_comp"]
+    """What the page shows: searches among the first held-out split, and pictures spread over the first two."""
+    first = next(iter(outputs))
+    gallery, embeds = data[first], outputs[first]["embeds"]
+    names = list(gallery["caption"])
+    kinds = list(gallery["subgroup"]) if "subgroup" in gallery.features else names
 
     def caption(split: str, i: int) -> Caption:
         row = data[split][i]
-        return Caption(row["image"], outputs[split]["captions"][i], row["caption"], row["style"])
-
-    captions = [caption("test_style", i) for i in spaced(12, len(style))]
-    captions += [caption("test_comp", i) for i in spaced(12, len(comp))]
-    wrong = [i for i in range(len(style)) if outputs["test_style"]["captions"][i] != style[i]["caption"]]
-    gallery = outputs["test_style"]["embeds"]
+        return Caption(row["image"], outputs[split]["captions"][i], row["caption"], row.get("style", split))
 
     def hits(scores: torch.Tensor, good: list[bool], skip: int | None = None) -> list[Hit]:
         best = [i for i in scores.argsort(descending=True).tolist() if i != skip][:6]
-        return [Hit(style[i]["image"], style[i]["caption"], good[i]) for i in best]
+        return [Hit(gallery[i]["image"], names[i], good[i]) for i in best]
 
-    style_captions, subgroups = list(style["caption"]), list(style["subgroup"])
     text_searches = [
-        Search(query, hits(gallery @ embedding, [text == query for text in style_captions]))
+        Search(query, hits(embeds @ embedding, [name == query for name in names]))
         for query, embedding in queries.items()
     ]
-    image_searches = []
-    for i in spaced(5, len(style)):
-        good = [subgroup == subgroups[i] for subgroup in subgroups]
-        query = Hit(style[i]["image"], style_captions[i])
-        image_searches.append(Search(query, hits(gallery @ gallery[i], good, skip=i)))
-    groups, probabilities = outputs["test_style"]["groups"], outputs["test_style"]["group_probabilities"]
-    zero_shot = []
-    for i in spaced(8, len(style)):
-        best = probabilities[i].topk(4)
-        classes = [(groups[k], p) for p, k in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
-        zero_shot.append(ZeroShot(style[i]["image"], style[i]["group"], classes))
-    questions = [
-        Question(style[a["row"]]["image"], a["question"], a["answer"], a["truth"])
-        for a in (answers[i] for i in spaced(12, len(answers)))
+    image_searches = [
+        Search(
+            Hit(gallery[i]["image"], names[i]), hits(embeds @ embeds[i], [kind == kinds[i] for kind in kinds], skip=i)
+        )
+        for i in spaced(5, len(gallery))
     ]
+    zero_shot = []
+    if "groups" in outputs[first]:
+        groups, probabilities = outputs[first]["groups"]
+        for i in spaced(8, len(gallery)):
+            best = probabilities[i].topk(4)
+            likeliest = [(groups[k], p) for p, k in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+            zero_shot.append(ZeroShot(gallery[i]["image"], gallery[i]["group"], likeliest))
+    questions = [
+        Question(gallery[answer["row"]]["image"], answer["question"], answer["answer"], answer["truth"])
+        for answer in (answers[i] for i in spaced(12, len(answers)))
+    ]
+    wrong = [i for i, name in enumerate(names) if outputs[first]["captions"][i] != name]
+    facts = [(f"{metrics['train_seconds']:.0f} s", "training")]
+    facts += [
+        (f"{metrics[split]['caption_exact']:.0%}", f"captions right, word for word: {SPLITS.get(split, split)}")
+        for split in list(outputs)[:2]
+    ]
+    if answers:
+        facts.append((f"{metrics[first]['answer_exact']:.0%}", "questions answered right"))
     return PageResults(
         title="What a small CoCa learned in a few minutes",
         summary=(
-            f"{metrics['trainable_parameters'] / 1e6:.1f} million trainable parameters, {len(data['train']):,} drawings of "
-            "emoji by three artists with their names. Everything below is about drawings that it has not seen."
+            f"{metrics['trainable_parameters'] / 1e6:.1f} million trainable parameters, {len(data['train']):,} pictures with "
+            "captions. Everything below is about pictures that it has not seen."
         ),
-        facts=[
-            (f"{metrics['train_seconds']:.0f} s", "training"),
-            (f"{metrics['test_style']['caption_exact']:.0%}", "captions right, word for word: new drawings"),
-            (f"{metrics['test_comp']['caption_exact']:.0%}", "captions right, word for word: new combinations"),
-            (f"{metrics['test_style']['answer_exact']:.0%}", "questions answered right"),
-        ],
-        hero=[style[i]["image"] for i in spaced(14, len(style))],
+        facts=facts,
+        hero=[gallery[i]["image"] for i in spaced(14, len(gallery))],
         scores=score_rows(metrics),
-        captions=captions,
+        captions=[caption(split, i) for split in list(outputs)[:2] for i in spaced(12, len(data[split]))],
         text_searches=text_searches,
         image_searches=image_searches,
         zero_shot=zero_shot,
         questions=questions,
-        failures=[caption("test_style", wrong[i]) for i in spaced(8, len(wrong))] if wrong else [],
+        failures=[caption(first, wrong[i]) for i in spaced(8, len(wrong))] if wrong else [],
         notes=[
-            "Pictures are spread evenly over each split, not chosen. Searches look among the new drawings.",
-            "Classes are given by words alone: the names of a group and of its subgroups.",
+            "Pictures are spread evenly over each split, not chosen. Searches look among the pictures of "
+            f"{SPLITS.get(first, first)}.",
+            "Classes are given by words alone: the name of a group, and the names of its members known from training.",
         ],
-        credits=EMOJI_CREDITS,
+        credits=credits,
     )

@@ -18,27 +18,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from emoji_data import load_emoji
-from encoder import load_efficientnet_lite0
+from build import build_model, build_processor
+from encoder import IMAGE_MEAN, IMAGE_STD, load_efficientnet_lite0
 from features import compute_features
-from page import write_page
-from results import answer_questions, build_page, embed_queries, evaluate_split
-from torch.utils.data import Dataset as TorchDataset
-from transformers import AutoModel, HfArgumentParser, PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from page import EMOJI_CREDITS, write_page
+from pairs import Rows, load_pairs, questions_of
+from results import answer_questions, build_page, class_embeddings, embed_queries, evaluate_split
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    HfArgumentParser,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from modeling_coca import (
-    CocaConfig,
     CocaForConditionalGeneration,
-    CocaImageProcessorPil,
     CocaProcessor,
-    CocaTokenizer,
 )
-from modeling_coca.training import CocaDataCollator, CocaTrainer, freeze
+from modeling_coca.training import CocaDataCollator, CocaTrainer
 
 logger = logging.getLogger("quickstart")
 
 # EfficientNet-Lite0's feature maps before the last: they still know colours, and so skin tones
 FEATURE_LAYERS = [0, 1, 2, 3]
+FREE_QUERIES = ("a fruit", "a red heart", "a building", "an animal face")  # texts that are no caption
 
 
 @dataclass
@@ -49,6 +54,13 @@ class QuickstartArguments:
         default="frozen",
         metadata={"help": "Image encoder: pretrained and frozen, or from scratch.", "choices": ["frozen", "scratch"]},
     )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Pictures and captions instead of the emoji: a Hub id, or a folder (imagefolder)."},
+    )
+    image_column: str = "image"
+    text_column: str = "text"
+    max_text_length: int = field(default=40, metadata={"help": "Longest text in tokens; longer captions are cut."})
     vision_model: str | None = field(
         default=None, metadata={"help": "Frozen encoder from the Hub instead, e.g. google/vit-base-patch16-224."}
     )
@@ -68,29 +80,6 @@ class QuickstartArguments:
     seed: int = 0
 
 
-class Rows(TorchDataset):
-    """Training rows: a view of the picture, and its caption, or at times a question about it with the answer."""
-
-    def __init__(self, dataset, features: np.ndarray | None, question_share: float):
-        self.images = None if features is not None else dataset["image"]
-        self.features = None if features is None else np.ascontiguousarray(features)
-        self.captions, self.questions = dataset["caption"], dataset["qa"]
-        self.captions, self.questions = list(self.captions), list(self.questions)
-        self.question_share = question_share
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, index: int) -> dict:
-        row = {"question": "", "text": self.captions[index]}
-        if self.questions[index] and torch.rand(()) < self.question_share:
-            pick = self.questions[index][int(torch.randint(len(self.questions[index]), ()))]
-            row = {"question": pick["question"], "text": pick["answer"]}
-        if self.features is None:
-            return {"image": self.images[index], **row}
-        return {"features": self.features[index, int(torch.randint(self.features.shape[1], ()))], **row}
-
-
 class StopAt(TrainerCallback):
     """Ends training in time on a machine that slows down after the schedule was made."""
 
@@ -102,63 +91,6 @@ class StopAt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop |= time.monotonic() > self.end
-
-
-def load_frozen_encoder(name: str | None) -> PreTrainedModel:
-    if name is None:
-        return load_efficientnet_lite0()
-    return AutoModel.from_pretrained(name).eval().requires_grad_(False)
-
-
-def build_processor(dataset, image_size: int) -> CocaProcessor:
-    """A tokenizer of the training texts' own words, and an image processor with the encoder's normalisation."""
-    texts = set(dataset["caption"])
-    for questions in dataset["qa"]:
-        texts.update(text for pair in questions for text in pair.values())
-    tokenizer = CocaTokenizer(model_max_length=40).train_new_from_iterator(sorted(texts), vocab_size=3000)
-    image_processor = CocaImageProcessorPil(
-        size={"shortest_edge": image_size},
-        crop_size={"height": image_size, "width": image_size},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
-    return CocaProcessor(image_processor, tokenizer)
-
-
-def build_model(
-    args: QuickstartArguments, tokenizer: CocaTokenizer, encoder: PreTrainedModel | None, image_size: int
-) -> CocaForConditionalGeneration:
-    if encoder is None:
-        vision_config = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 6}
-        vision_config |= {"image_size": image_size, "patch_size": 8}
-    else:
-        vision_config = encoder.config
-    config = CocaConfig(
-        vision_config=vision_config,
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": args.width,
-            "intermediate_size": 4 * args.width,
-            "num_hidden_layers": 2 * args.layers,
-            "num_multimodal_layers": args.layers,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 41,
-            "dropout": args.dropout,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        vision_feature_layers=FEATURE_LAYERS if encoder is not None and args.vision_model is None else None,
-        num_query_tokens=16,
-        num_pooler_attention_heads=4,
-        projection_dim=128,
-    )
-    # Eager: for texts of a dozen tokens the fused CPU kernels' backward pass takes several times as long
-    model = CocaForConditionalGeneration._from_config(config, attn_implementation="eager")
-    if encoder is not None:
-        model.model.vision_model.load_state_dict(encoder.state_dict())
-        freeze(model, "vision_model")
-    return model
 
 
 def fit_steps(args: QuickstartArguments, model, rows: Rows, collator: CocaDataCollator) -> int:
@@ -184,6 +116,7 @@ def train(args: QuickstartArguments, model, rows: Rows, processor: CocaProcessor
     collator = CocaDataCollator(
         processor,
         prefix_column="question",
+        truncation=True,
         image_hidden_states_column=None if rows.features is None else "features",
     )
     steps = args.max_steps or fit_steps(args, model, rows, collator)
@@ -222,27 +155,36 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     set_seed(args.seed)
     out, cache = Path(args.output_dir), Path(args.cache_dir)
-    data = load_emoji(cache)
+    data = load_pairs(args.dataset_name, args.cache_dir, args.image_column, args.text_column, args.seed)
+    held_out = sorted((split for split in data if split != "train"), key=lambda split: not split.startswith("test"))
 
-    encoder = load_frozen_encoder(args.vision_model) if args.design == "frozen" else None
+    encoder = None
+    if args.design == "frozen" and args.vision_model is None:
+        encoder = load_efficientnet_lite0()
+    elif args.design == "frozen":
+        encoder = AutoModel.from_pretrained(args.vision_model).eval().requires_grad_(False)
     image_size = args.image_size or (128 if encoder is not None else 64)
+    mean, std, feature_layers = IMAGE_MEAN, IMAGE_STD, FEATURE_LAYERS
+    if args.vision_model is not None:
+        image_processor = AutoImageProcessor.from_pretrained(args.vision_model)
+        mean, std, feature_layers = image_processor.image_mean, image_processor.image_std, None
+        image_size = args.image_size or encoder.config.image_size
     features = dict.fromkeys(data)
     if encoder is not None:
-        feature_layers = None if args.vision_model else FEATURE_LAYERS
-        name = (args.vision_model or "efficientnet-lite0").replace("/", "--")
+        names = [args.dataset_name or "emoji", args.vision_model or "efficientnet-lite0"]
+        folder = cache / "features" / "-".join(name.strip("/").replace("/", "--") for name in names)
         for split in data:
             views = args.views if split == "train" else 1
-            path = cache / "features" / f"{name}-{image_size}px-{views}views-{split}.npy"
+            path = folder / f"{split}-{image_size}px-{views}views.npy"
             features[split] = compute_features(
-                data[split], encoder, image_size, views, args.seed, path, feature_layers, desc=split
+                data[split], encoder, image_size, views, args.seed, path, feature_layers, None, mean, std, desc=split
             )
 
-    processor = build_processor(data["train"], image_size)
-    model = build_model(args, processor.tokenizer, encoder, image_size)
+    processor = build_processor(data["train"], image_size, mean, std, args.max_text_length)
+    model = build_model(processor.tokenizer, encoder, image_size, feature_layers, args.width, args.layers, args.dropout)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info(
-        f"{trainable / 1e6:.1f} M trainable of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
-    )
+    total = sum(p.numel() for p in model.parameters())
+    logger.info(f"{trainable / 1e6:.1f} M trainable of {total / 1e6:.1f} M parameters")
     seconds = train(args, model, Rows(data["train"], features["train"], args.question_share), processor)
 
     model.save_pretrained(out)
@@ -251,17 +193,23 @@ def main() -> None:
     processor = CocaProcessor.from_pretrained(out, backend="pil")
 
     all_captions = sorted({caption for split in data.values() for caption in split["caption"]})
+    classes = class_embeddings(model, processor, data["train"]) if "group" in data["train"].features else None
     metrics, outputs = {}, {}
-    for split in ("test_style", "test_comp", "validation"):
-        metrics[split], outputs[split] = evaluate_split(model, processor, data[split], features[split], all_captions)
+    for split in held_out:
+        metrics[split], outputs[split] = evaluate_split(
+            model, processor, data[split], features[split], all_captions, classes
+        )
         logger.info(f"{split}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics[split].items()))
-    answers = answer_questions(model, processor, data["test_style"], features["test_style"])
-    metrics["test_style"]["answer_exact"] = float(np.mean([a["answer"] == a["truth"] for a in answers]))
+    first = held_out[0]
+    answers = answer_questions(model, processor, data[first], questions_of(data[first]), features[first])
+    if answers:
+        metrics[first]["answer_exact"] = float(np.mean([a["answer"] == a["truth"] for a in answers]))
     metrics |= {"train_seconds": seconds, "design": args.design, "trainable_parameters": trainable}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    queries = embed_queries(model, processor, data)
-    page = write_page(out / "index.html", build_page(metrics, outputs, answers, queries, data))
-    logger.info(f"Trained in {seconds:.0f} s. Open {page}")
+    is_emoji = args.dataset_name is None
+    queries = embed_queries(model, processor, data[first], FREE_QUERIES if is_emoji else ())
+    results = build_page(metrics, outputs, answers, queries, data, EMOJI_CREDITS if is_emoji else ())
+    logger.info(f"Trained in {seconds:.0f} s. Open {write_page(out / 'index.html', results)}")
 
 
 if __name__ == "__main__":

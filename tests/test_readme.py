@@ -1,0 +1,47 @@
+"""The README's code runs, in its order, on a model saved where the quickstart saves its own."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from modeling_coca import CocaForConditionalGeneration, CocaImageProcessorPil, CocaProcessor, CocaTokenizer
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def open_clip_names():
+    """What an open_clip folder holds: the model's JSON and its weights."""
+    with safe_open(ROOT / "tests" / "fixtures" / "open_clip_default.safetensors", "pt") as file:
+        weights = {name[3:]: file.get_tensor(name) for name in file.keys() if name.startswith("sd.")}
+        return {"model_cfg": json.loads(file.metadata()["config"]), "state_dict": weights}
+
+
+def test_the_code_runs(tiny_config, open_clip_names, tmp_path, monkeypatch, capsys):
+    texts = ["what kind of thing is this?", "a red apple", "the flag of japan", "a white square"]
+    tokenizer = CocaTokenizer(model_max_length=30).train_new_from_iterator(texts, vocab_size=450)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = tiny_config(text_config={"vocab_size": len(tokenizer), "max_position_embeddings": 31, **ids})
+    size = config.vision_config.image_size
+    folder = tmp_path / "outputs" / "quickstart"
+    CocaForConditionalGeneration(config).save_pretrained(folder)
+    CocaProcessor(CocaImageProcessorPil(size=size), tokenizer).save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+
+    names = dict(open_clip_names)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    names["trainer"].args.max_steps = 1
+    assert names["trainer"].train().global_step == 1
+    assert not any(p.requires_grad for p in names["trainer"].model.model.vision_model.parameters())
+    assert len(blocks) >= 6 and f"torch.Size([1, {config.projection_dim}])" in capsys.readouterr().out
+
+
+def test_named_files_exist():
+    for name in re.findall(r"\| `([\w/.]+)`", README):
+        assert (ROOT / name).exists(), name

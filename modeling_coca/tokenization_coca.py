@@ -39,7 +39,9 @@ _BYTE_SYMBOLS = _byte_symbols()
 _TEXT_SYMBOLS = frozenset(symbol + suffix for symbol in _BYTE_SYMBOLS for suffix in ("", _END_OF_WORD))
 _STRAIGHT_QUOTES = str.maketrans("‘’‛“”„‟", "'''" + '"' * 4)
 # What decoding attaches to the word before it: closing punctuation, and the contractions that BPE splits off.
-_ATTACHED = re.compile(r" (?=(?:[.,!?]+|'(?:s|t|re|ve|m|ll|d)[.,!?]*)(?: |$))")
+_ATTACHED = re.compile(r" (?=(?:[.,!?)]+|'(?:s|t|re|ve|m|ll|d)[.,!?]*)(?: |$))|(?<=\() ")
+# What it joins on both sides: digits, which BPE takes one by one, ordinals, and words with a hyphen or an apostrophe.
+_JOINED = re.compile(r"(?<=\d) (?=\d|(?:st|nd|rd|th)\b)|(?<=\w) (?=[-'] \w)|(?<=\w [-']) (?=\w)")
 
 
 def _is_text_symbol(token: str | AddedToken | None) -> bool:
@@ -325,16 +327,19 @@ class CocaTokenizer(CLIPTokenizer):
 
     @staticmethod
     def clean_up_tokenization(text: str) -> str:
-        """Puts `. , ! ?` and contractions back to the word before them: CLIP's BPE does not record white space.
+        """Puts punctuation and contractions back to their words, and joins digits and hyphenated words.
+
+        CLIP's BPE does not record white space, so this is a guess at what is common in English: "3 4" may have been two
+        numbers.
 
         Example:
 
         ```python
-        >>> CocaTokenizer.clean_up_tokenization("a man 's hat , red .")
-        "a man's hat, red."
+        >>> CocaTokenizer.clean_up_tokenization("a man 's t - shirt ( red ) , size 4 2 .")
+        "a man's t-shirt (red), size 42."
         ```
         """
-        return _ATTACHED.sub("", text)
+        return _ATTACHED.sub("", _JOINED.sub("", text))
 
     def _strip_padding(self, ids: list[int]) -> list[int]:
         """Drops the pad ids before a leading `bos_token` and after the last `eos_token`; those in between are text."""

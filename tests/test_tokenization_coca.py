@@ -313,6 +313,23 @@ def test_odd_texts_do_not_crash(small, text):
     assert isinstance(small.decode(ids, skip_special_tokens=True), str)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "medium-light skin tone",
+        "the keycap 10",
+        "seven o'clock",
+        "a black-and-white t-shirt (large), no. 42!",
+        "1st and 22nd place",
+        "two-thirty",
+        "(a) - b",
+        "it's 3",
+    ],
+)
+def test_decoding_joins_what_bpe_splits(small, text):
+    assert small.decode(small(text)["input_ids"], skip_special_tokens=True) == text
+
+
 def test_decoding_is_readable(small):
     text = "The man's hat, red! Don't we'll see? yes."
     ids = small(text)["input_ids"]

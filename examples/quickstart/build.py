@@ -44,7 +44,7 @@ def build_model(
 ) -> CocaForConditionalGeneration:
     if encoder is None:
         vision_config = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 6}
-        vision_config |= {"image_size": image_size, "patch_size": 8}
+        vision_config |= {"image_size": image_size, "patch_size": 16}
     else:
         vision_config = encoder.config
     config = CocaConfig(
@@ -67,7 +67,7 @@ def build_model(
         num_pooler_attention_heads=4,
         projection_dim=128,
     )
-    # Eager: for texts of a dozen tokens the fused CPU kernels' backward pass takes several times as long
+    # Eager: for texts of a dozen tokens half of a step would go to the backward pass of the fused CPU attention
     model = CocaForConditionalGeneration._from_config(config, attn_implementation="eager")
     if encoder is not None:
         model.model.vision_model.load_state_dict(encoder.state_dict())

@@ -75,6 +75,9 @@ def evaluate_split(
         captions += processor.batch_decode(ids, skip_special_tokens=True)
     embeds, captions = torch.cat(embeds), [caption.strip() for caption in captions]
     truths = list(dataset["caption"])
+    # As the tokenizer writes them, which does not tell typographic quotes, say, from straight ones
+    written = processor.batch_decode(processor.tokenizer(truths)["input_ids"], skip_special_tokens=True)
+    captions = [t if c == w else c for c, t, w in zip(captions, truths, written, strict=True)]
 
     index = {caption: i for i, caption in enumerate(all_captions)}
     candidates = text_embeddings(model, processor, all_captions)

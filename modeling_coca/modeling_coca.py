@@ -1009,7 +1009,7 @@ def run_vision_model(
     interpolate_pos_encoding: bool = False,
     feature_layers: list[int] | None = None,
     **kwargs: Unpack[TransformersKwargs],
-) -> BaseModelOutput:
+) -> BaseModelOutputWithPooling:
     """
     Any vision model's tokens, in the one form that the poolers take.
 
@@ -1020,7 +1020,8 @@ def run_vision_model(
         feature_layers (`list[int]`, *optional*): see `CocaConfig.vision_feature_layers`.
 
     Returns:
-        the model's output with `last_hidden_state` (B, N, D). Feature maps are read row by row.
+        `BaseModelOutputWithPooling`: `last_hidden_state` is (B, N, D), feature maps being read row by row; the rest is the
+        model's own.
     """
     if pixel_values is None:
         raise ValueError("`pixel_values` are missing (or `image_hidden_states` instead of them).")
@@ -1050,10 +1051,12 @@ def run_vision_model(
                 f"`vision_feature_layers` {feature_layers} have other numbers of tokens than the last: {shapes}."
             )
         states = torch.cat([*earlier, states], dim=-1)
-    outputs.last_hidden_state = states
-    if not wants_hidden_states:
-        outputs.hidden_states = None
-    return outputs
+    return BaseModelOutputWithPooling(
+        last_hidden_state=states,
+        pooler_output=outputs.get("pooler_output"),
+        hidden_states=outputs.hidden_states if wants_hidden_states else None,
+        attentions=outputs.get("attentions"),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- the captioner

@@ -1604,7 +1604,7 @@ def test_other_encoder_as_classifier():
 
 
 FEATURE_LAYERS = {
-    "coca": ({}, 16, [0, -2], 3 * 24),
+    "coca": ({"image_size": 16, "patch_size": 8, **SMALL}, 16, [0, -2], 3 * 24),
     "vit": (ENCODERS["vit"][0], 16, [1], 2 * 24),
     "resnet": (ENCODERS["resnet"][0], 32, [0, 1], 8 + 8 + 16),
     "convnext": (ENCODERS["convnext"][0], 32, [1], 8 + 16),

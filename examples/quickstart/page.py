@@ -143,6 +143,7 @@ METRICS = {
     "bleu4": "Caption, BLEU-4",
     "i2t_r1_all": "Picture finds its caption among all",
     "t2i_r1_all": "Caption finds its picture",
+    "i2i_r1": "Picture finds the same thing by another artist",
     "zero_shot_group": "Class, zero-shot among nine",
     "tone": "Skin tone, five ways",
 }
@@ -156,6 +157,7 @@ REFERENCE_SCORES: dict[tuple[str, str], dict[str, float]] = {
     ("test_comp", "bleu4"): {"open_clip": 0.52},
     ("test_style", "i2t_r1_all"): {"open_clip": 0.174},
     ("test_comp", "i2t_r1_all"): {"open_clip": 0.269},
+    ("test_style", "i2i_r1"): {"nearest, pixels": 0.200, "nearest, features": 0.328},
     ("test_style", "zero_shot_group"): {"open_clip": 0.429},
     ("test_comp", "tone"): {"nearest, pixels": 0.128, "open_clip": 0.767},
 }
@@ -169,13 +171,13 @@ EMOJI_CREDITS = (
 
 
 def score_rows(metrics: Mapping[str, object], references: Mapping | None = REFERENCE_SCORES) -> list[Score]:
-    """Table rows of `metrics.json`: `{split: {metric: value}}`. Metrics and splits without a label are skipped."""
+    """Table rows of `metrics.json`: `{split: {metric: value}}`. Metrics without a label are skipped."""
     rows = []
     for metric, label in METRICS.items():
-        for split, split_label in SPLITS.items():
-            value = metrics.get(split, {}).get(metric)
-            if value is not None:
-                rows.append(Score(label, split_label, value, (references or {}).get((split, metric), {})))
+        for split, scores in metrics.items():
+            if isinstance(scores, Mapping) and metric in scores:
+                reference = (references or {}).get((split, metric), {})
+                rows.append(Score(label, SPLITS.get(split, split), scores[metric], reference))
     return rows
 
 

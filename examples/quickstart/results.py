@@ -112,6 +112,14 @@ def evaluate_split(
 
 
 @torch.inference_mode()
+def image_embeddings(model, processor, dataset: Dataset, features: np.ndarray | None) -> torch.Tensor:
+    """(N, D), L2-normalised, of each picture's plain view."""
+    return torch.cat(
+        [model.get_image_features(**inputs).image_embeds for inputs in _batches(dataset, features, processor)]
+    )
+
+
+@torch.inference_mode()
 def answer_questions(
     model, processor, dataset: Dataset, questions_of_rows: list[list[dict]], features: np.ndarray | None
 ) -> list[dict]:
@@ -154,38 +162,36 @@ def build_page(
     outputs: dict[str, dict],
     answers: list[dict],
     queries: dict[str, torch.Tensor],
+    train_embeds: torch.Tensor,
     data: DatasetDict,
     credits: tuple[str, ...],
 ) -> PageResults:
-    """What the page shows: searches among the first held-out split, and pictures spread over the first two."""
+    """What the page shows: searches for and with the first held-out split, and pictures spread over the first two."""
     first = next(iter(outputs))
     gallery, embeds = data[first], outputs[first]["embeds"]
     names = list(gallery["caption"])
-    kinds = list(gallery["subgroup"]) if "subgroup" in gallery.features else names
+    train, train_names = data["train"], list(data["train"]["caption"])
 
     def caption(split: str, i: int) -> Caption:
         row = data[split][i]
         return Caption(row["image"], outputs[split]["captions"][i], row["caption"], row.get("style", split))
 
-    def hits(scores: torch.Tensor, good: list[bool], skip: int | None = None) -> list[Hit]:
-        best = [i for i in scores.argsort(descending=True).tolist() if i != skip][:6]
-        return [Hit(gallery[i]["image"], names[i], good[i]) for i in best]
+    def hits(dataset: Dataset, captions: list[str], scores: torch.Tensor, wanted: str) -> list[Hit]:
+        best = scores.topk(min(5, len(scores))).indices.tolist()
+        return [Hit(dataset[i]["image"], captions[i], captions[i] == wanted) for i in best]
 
     text_searches = [
-        Search(query, hits(embeds @ embedding, [name == query for name in names]))
-        for query, embedding in queries.items()
+        Search(query, hits(gallery, names, embeds @ embedding, query)) for query, embedding in queries.items()
     ]
     image_searches = [
-        Search(
-            Hit(gallery[i]["image"], names[i]), hits(embeds @ embeds[i], [kind == kinds[i] for kind in kinds], skip=i)
-        )
-        for i in spaced(5, len(gallery))
+        Search(Hit(gallery[i]["image"], names[i]), hits(train, train_names, train_embeds @ embeds[i], names[i]))
+        for i in spaced(6, len(gallery))
     ]
     zero_shot = []
     if "groups" in outputs[first]:
         groups, probabilities = outputs[first]["groups"]
         for i in spaced(8, len(gallery)):
-            best = probabilities[i].topk(4)
+            best = probabilities[i].topk(min(4, len(groups)))
             likeliest = [(groups[k], p) for p, k in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
             zero_shot.append(ZeroShot(gallery[i]["image"], gallery[i]["group"], likeliest))
     questions = [
@@ -208,7 +214,7 @@ def build_page(
         ),
         facts=facts,
         hero=[gallery[i]["image"] for i in spaced(14, len(gallery))],
-        scores=score_rows(metrics),
+        scores=score_rows(metrics) if credits else score_rows(metrics, references=None),
         captions=[caption(split, i) for split in list(outputs)[:2] for i in spaced(12, len(data[split]))],
         text_searches=text_searches,
         image_searches=image_searches,
@@ -216,8 +222,8 @@ def build_page(
         questions=questions,
         failures=[caption(first, wrong[i]) for i in spaced(8, len(wrong))] if wrong else [],
         notes=[
-            "Pictures are spread evenly over each split, not chosen. Searches look among the pictures of "
-            f"{SPLITS.get(first, first)}.",
+            f"Pictures are spread evenly over each split, not chosen. Search by words looks among the {len(gallery)} pictures "
+            "of the first split; search by picture takes them as queries and looks among the training pictures.",
             "Classes are given by words alone: the name of a group, and the names of its members known from training.",
         ],
         credits=credits,

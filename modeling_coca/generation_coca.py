@@ -54,6 +54,12 @@ def real_tokens(input_ids: torch.LongTensor, pad_token_id: int | None) -> torch.
     return (is_token.cumsum(-1) > 0) & (is_token.flip(-1).cumsum(-1).flip(-1) > 0)
 
 
+def is_one_of(input_ids: torch.LongTensor, token_ids: int | list[int] | None) -> torch.BoolTensor:
+    """Where `input_ids` are among `token_ids`, which a config may give as one id, several or none."""
+    token_ids = torch.tensor([] if token_ids is None else token_ids, dtype=torch.long, device=input_ids.device)
+    return torch.isin(input_ids, token_ids.reshape(-1))
+
+
 def hide_after_pad_id(input_ids: torch.LongTensor, real: torch.BoolTensor, pad_token_id: int) -> torch.BoolTensor:
     """(B, T): open_clip's shifted mask looks at ids, so a real token that has the padding id hides the one after it."""
     return real & ~torch.nn.functional.pad(real & (input_ids == pad_token_id), (1, -1), value=False)
@@ -91,10 +97,8 @@ class CocaGenerationMixin(GenerationMixin):
             )
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (columns * real).argmax(dim=-1, keepdim=True)
-        eos_token_id = self.generation_config.eos_token_id
-        eos_token_id = [] if eos_token_id is None else eos_token_id
-        eos_token_ids = torch.tensor(eos_token_id, dtype=torch.long, device=input_ids.device).reshape(-1)
-        ends_in_eos = torch.isin(input_ids.gather(1, last), eos_token_ids) & (real.sum(dim=-1, keepdim=True) > 1)
+        is_eos = is_one_of(input_ids.gather(1, last), self.generation_config.eos_token_id)
+        ends_in_eos = is_eos & (real.sum(dim=-1, keepdim=True) > 1)
         real = real & ~(ends_in_eos & (columns == last))
         order = real.long().argsort(dim=-1, stable=True)  # padding to the left, tokens in their order
         first = int(input_ids.shape[1] - real.sum(dim=-1).max())

@@ -35,6 +35,7 @@ from .generation_coca import (
     as_coca_cache,
     check_one_image_input,
     hide_after_pad_id,
+    is_one_of,
     real_tokens,
 )
 from .loss_coca import IGNORE_INDEX, caption_loss, contrastive_loss
@@ -640,18 +641,16 @@ class CocaTextModel(CocaPreTrainedModel):
         """
         config, batch_size = self.config, embeds.shape[0]
         lengths = real.sum(dim=-1, keepdim=True)  # [B, 1]
-        visible, extra_embeds, extra_positions = real, [], []
-        always = torch.ones_like(lengths, dtype=torch.bool)
+        extra_embeds, extra_positions = [], []
         if config.shifted_cls_mask:
             has_padding = lengths < config.max_text_length
-            if input_ids is not None:
-                visible = hide_after_pad_id(input_ids, real, config.pad_token_id)
-            visible = torch.cat([visible, has_padding, ~has_padding], dim=-1)
+            tokens = real if input_ids is None else hide_after_pad_id(input_ids, real, config.pad_token_id)
+            visible = torch.cat([tokens, has_padding, ~has_padding], dim=-1)
             pad_token = torch.full_like(lengths, config.pad_token_id)
             extra_embeds.append(self.embed_tokens(pad_token))
             extra_positions.append(lengths.clamp(max=config.max_text_length))
         else:
-            visible = torch.cat([visible, always], dim=-1)
+            visible = F.pad(real, (0, 1), value=True)
         extra_embeds.append(self.class_embedding.to(embeds.dtype).expand(batch_size, 1, -1))
         extra_positions.append(
             torch.full_like(lengths, config.max_position_embeddings - 1) if config.cls_position == "last" else lengths
@@ -748,9 +747,7 @@ class CocaTextModel(CocaPreTrainedModel):
         last = (positions * attention_mask.long()).argmax(dim=-1)
         if input_ids is None:
             return last
-        eos_token_id = [] if self.config.eos_token_id is None else self.config.eos_token_id
-        eos_token_ids = torch.tensor(eos_token_id, dtype=torch.long, device=input_ids.device).reshape(-1)
-        is_eos = torch.isin(input_ids, eos_token_ids) & attention_mask.bool()
+        is_eos = is_one_of(input_ids, self.config.eos_token_id) & attention_mask.bool()
         return torch.where(is_eos.any(dim=-1), is_eos.long().argmax(dim=-1), last)
 
 

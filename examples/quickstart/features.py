@@ -22,12 +22,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from encoder import IMAGE_MEAN, IMAGE_STD, encode, load_efficientnet_lite0, optimize_for_cpu
+from encoder import IMAGE_MEAN, IMAGE_STD, encode, optimize_for_cpu
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-
-__all__ = ["Augmentation", "augmented_view", "compute_features", "load_efficientnet_lite0", "plain_view"]
 
 
 @dataclass(frozen=True)

@@ -15,31 +15,18 @@ from page import (
     ZeroShot,
     score_rows,
 )
-from sacrebleu import corpus_bleu
 
 from modeling_coca import CocaForConditionalGeneration, CocaProcessor
+from modeling_coca.evaluation import CocaEvaluator, bleu4, recall_at_k
 
 BATCH_SIZE = 128
 
 
-def _batches(dataset: Dataset, features: np.ndarray | None, processor: CocaProcessor):
-    """Inputs of the image side, from the cached features where there are any."""
-    for start in range(0, len(dataset), BATCH_SIZE):
-        rows = slice(start, start + BATCH_SIZE)
-        if features is None:
-            yield dict(processor.image_processor(dataset[rows]["image"], return_tensors="pt"))
-        else:
-            yield {"image_hidden_states": torch.from_numpy(features[rows, 0].astype(np.float32))}
-
-
-@torch.inference_mode()
-def text_embeddings(model: CocaForConditionalGeneration, processor: CocaProcessor, texts: list[str]) -> torch.Tensor:
-    """(N,) texts -> (N, D), L2-normalised."""
-    parts = []
-    for start in range(0, len(texts), 256):
-        inputs = processor.tokenizer(texts[start : start + 256], padding=True, return_tensors="pt")
-        parts.append(model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output)
-    return F.normalize(torch.cat(parts), dim=-1)
+def evaluator_of(processor: CocaProcessor, dataset: Dataset, features: np.ndarray | None) -> CocaEvaluator:
+    """Runs a model over the pictures, or over their plain views' features where these are at hand."""
+    rows = dataset if features is None else [{"features": views[0]} for views in features]
+    column = None if features is None else "features"
+    return CocaEvaluator(processor, rows, image_hidden_states_column=column, batch_size=BATCH_SIZE)
 
 
 def other_tones(caption: str, tone: str) -> list[str]:
@@ -47,28 +34,36 @@ def other_tones(caption: str, tone: str) -> list[str]:
     return [caption.replace(f"{tone} skin tone", f"{other} skin tone") for other in TONES]
 
 
-def class_embeddings(model, processor, train: Dataset) -> tuple[list[str], torch.Tensor]:
+@torch.inference_mode()
+def class_embeddings(
+    model: CocaForConditionalGeneration, evaluator: CocaEvaluator, train: Dataset
+) -> tuple[list[str], torch.Tensor]:
     """Groups, each described by words alone: the mean over its name and the names of its members in training."""
     members: dict[str, set[str]] = {}
     for group, caption in zip(train["group"], train["caption"], strict=True):
         members.setdefault(group, {group.replace("&", "and")}).add(caption)
     groups = sorted(members)
-    embeds = [text_embeddings(model, processor, sorted(members[group])).mean(dim=0) for group in groups]
+    embeds = [evaluator.encode_texts(model, sorted(members[group])).mean(dim=0) for group in groups]
     return groups, F.normalize(torch.stack(embeds), dim=-1)
 
 
 @torch.inference_mode()
 def evaluate_split(
     model: CocaForConditionalGeneration,
-    processor: CocaProcessor,
+    evaluator: CocaEvaluator,
     dataset: Dataset,
-    features: np.ndarray | None,
-    all_captions: list[str],
+    all_captions: dict[str, int],
+    candidates: torch.Tensor,
     classes: tuple[list[str], torch.Tensor] | None,
 ) -> tuple[dict[str, float], dict]:
-    """Scores of a split, and the captions and embeddings behind them. Embedding and caption come from one pass."""
+    """
+    Scores of a split, and the captions and embeddings behind them. Embedding and caption come from one pass.
+
+    `all_captions` gives each caption's row in `candidates`, their embeddings.
+    """
+    processor = evaluator.processor
     embeds, captions = [], []
-    for inputs in _batches(dataset, features, processor):
+    for inputs in evaluator.image_batches(model, "Captions"):
         image = model.get_image_features(**inputs)
         embeds.append(image.image_embeds)
         ids = model.generate(encoder_hidden_states=image.pooler_output, do_sample=False)
@@ -79,16 +74,15 @@ def evaluate_split(
     written = processor.batch_decode(processor.tokenizer(truths)["input_ids"], skip_special_tokens=True)
     captions = [t if c == w else c for c, t, w in zip(captions, truths, written, strict=True)]
 
-    index = {caption: i for i, caption in enumerate(all_captions)}
-    candidates = text_embeddings(model, processor, all_captions)
-    nearest = (embeds @ candidates.T).argmax(dim=-1).tolist()
-    own = text_embeddings(model, processor, truths)
-    found = (own @ embeds.T).argmax(dim=-1).tolist()
+    rows = [all_captions[truth] for truth in truths]
+    pictures_of: dict[str, list[int]] = {}
+    for i, truth in enumerate(truths):
+        pictures_of.setdefault(truth, []).append(i)
     scores = {
         "caption_exact": float(np.mean([c == t for c, t in zip(captions, truths, strict=True)])),
-        "bleu4": corpus_bleu(captions, [truths], tokenize="none").score / 100,
-        "i2t_r1_all": float(np.mean([n == index[t] for n, t in zip(nearest, truths, strict=True)])),
-        "t2i_r1_all": float(np.mean([truths[f] == t for f, t in zip(found, truths, strict=True)])),
+        "bleu4": bleu4([caption.split() for caption in captions], [[truth.split()] for truth in truths]),
+        "i2t_r1_all": recall_at_k(embeds, candidates, [[row] for row in rows], ks=(1,))[1],
+        "t2i_r1_all": recall_at_k(candidates[rows], embeds, [pictures_of[truth] for truth in truths], ks=(1,))[1],
     }
     outputs = {"captions": captions, "embeds": embeds}
     if classes is not None:
@@ -97,59 +91,48 @@ def evaluate_split(
         predicted = [groups[i] for i in probabilities.argmax(dim=-1).tolist()]
         scores["zero_shot_group"] = float(np.mean([p == g for p, g in zip(predicted, dataset["group"], strict=True)]))
         outputs["groups"] = groups, probabilities
-    toned = (
-        [(i, tones[0]) for i, tones in enumerate(dataset["tones"]) if len(tones) == 1]
-        if "tones" in dataset.features
-        else []
-    )
+    tones = dataset["tones"] if "tones" in dataset.features else []
+    toned = [(i, tone[0]) for i, tone in enumerate(tones) if len(tone) == 1]
     if toned:
-        right = []
-        for i, tone in toned:
-            choices = text_embeddings(model, processor, other_tones(truths[i], tone))
-            right.append(TONES[int((choices @ embeds[i]).argmax())] == tone)
-        scores["tone"] = float(np.mean(right))
+        variants = [text for i, tone in toned for text in other_tones(truths[i], tone)]
+        choices = evaluator.encode_texts(model, variants).view(len(toned), len(TONES), -1)
+        best = torch.einsum("ntd,nd->nt", choices, embeds[[i for i, _ in toned]]).argmax(dim=-1).tolist()
+        scores["tone"] = float(np.mean([TONES[k] == tone for k, (_, tone) in zip(best, toned, strict=True)]))
     return scores, outputs
 
 
 @torch.inference_mode()
-def image_embeddings(model, processor, dataset: Dataset, features: np.ndarray | None) -> torch.Tensor:
-    """(N, D), L2-normalised, of each picture's plain view."""
-    return torch.cat(
-        [model.get_image_features(**inputs).image_embeds for inputs in _batches(dataset, features, processor)]
-    )
-
-
-@torch.inference_mode()
 def answer_questions(
-    model, processor, dataset: Dataset, questions_of_rows: list[list[dict]], features: np.ndarray | None
+    model: CocaForConditionalGeneration,
+    processor: CocaProcessor,
+    dataset: Dataset,
+    questions_of_rows: list[list[dict]],
+    features: np.ndarray | None,
 ) -> list[dict]:
     """Each picture's first question that is not about the artist, answered from the question as prefix."""
     picks = []
     for i, pairs in enumerate(questions_of_rows):
         pairs = [pair for pair in pairs if "style" not in pair["question"]]
         picks += [(i, pairs[i % len(pairs)])] if pairs else []
-    answers = []
-    for start in range(0, len(picks), BATCH_SIZE):
-        part = picks[start : start + BATCH_SIZE]
-        rows = [i for i, _ in part]
-        questions = [pair["question"] for _, pair in part]
-        subset = dataset.select(rows)
-        (inputs,) = _batches(subset, None if features is None else features[rows], processor)
-        prompts = processor.tokenizer(questions, padding=True, padding_side="left", return_tensors="pt")
-        ids = model.generate(**prompts, **inputs, do_sample=False)
-        length = prompts["input_ids"].shape[1] - 1  # generation continues before the prompt's EOS
-        texts = processor.batch_decode(ids[:, length:], skip_special_tokens=True)
-        answers += [
-            {"row": i, "question": pair["question"], "answer": text.strip(), "truth": pair["answer"]}
-            for (i, pair), text in zip(part, texts, strict=True)
-        ]
-    return answers
+    if not picks:
+        return []
+    rows = [i for i, _ in picks]
+    evaluator = evaluator_of(processor, dataset.select(rows), None if features is None else features[rows])
+    texts = evaluator.generate(model, "Answers", [pair["question"] for _, pair in picks], do_sample=False)
+    return [
+        {"row": i, "question": pair["question"], "answer": text, "truth": pair["answer"]}
+        for (i, pair), text in zip(picks, texts, strict=True)
+    ]
 
 
-def embed_queries(model, processor, dataset: Dataset, free: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+@torch.inference_mode()
+def embed_queries(
+    model: CocaForConditionalGeneration, evaluator: CocaEvaluator, dataset: Dataset, free: tuple[str, ...] = ()
+) -> dict[str, torch.Tensor]:
     """Texts to search for: captions of held-out pictures, spread over the split, and free words."""
-    texts = [dataset[i]["caption"] for i in spaced(6 - len(free) // 2, len(dataset) - 1)] + list(free)
-    return dict(zip(texts, text_embeddings(model, processor, texts), strict=True))
+    captions = list(dataset["caption"])
+    texts = [captions[i] for i in spaced(6 - len(free) // 2, len(captions) - 1)] + list(free)
+    return dict(zip(texts, evaluator.encode_texts(model, texts), strict=True))
 
 
 def spaced(count: int, total: int) -> list[int]:

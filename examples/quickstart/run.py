@@ -23,7 +23,7 @@ from encoder import IMAGE_MEAN, IMAGE_STD, load_efficientnet_lite0
 from features import compute_features
 from page import EMOJI_CREDITS, write_page
 from pairs import Rows, load_pairs, questions_of
-from results import answer_questions, build_page, class_embeddings, embed_queries, evaluate_split, image_embeddings
+from results import answer_questions, build_page, class_embeddings, embed_queries, evaluate_split, evaluator_of
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -153,6 +153,10 @@ def main() -> None:
     (args,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    if args.design == "scratch" and args.vision_model is not None:
+        raise ValueError(
+            "`--vision_model` names a frozen encoder, `--design scratch` has none: leave out one of the two."
+        )
     set_seed(args.seed)
     out, cache = Path(args.output_dir), Path(args.cache_dir)
     data = load_pairs(args.dataset_name, args.cache_dir, args.image_column, args.text_column, args.seed)
@@ -189,29 +193,35 @@ def main() -> None:
 
     model.save_pretrained(out)
     processor.save_pretrained(out)
-    model = CocaForConditionalGeneration.from_pretrained(out).eval()
+    model = CocaForConditionalGeneration.from_pretrained(out).eval().requires_grad_(False)
     processor = CocaProcessor.from_pretrained(out, backend="pil")
 
-    all_captions = sorted({caption for split in data.values() for caption in split["caption"]})
-    classes = class_embeddings(model, processor, data["train"]) if "group" in data["train"].features else None
+    on_train = evaluator_of(processor, data["train"], features["train"])
+    captions = sorted({caption for split in data.values() for caption in split["caption"]})
+    all_captions, candidates = (
+        {caption: i for i, caption in enumerate(captions)},
+        on_train.encode_texts(model, captions),
+    )
+    classes = class_embeddings(model, on_train, data["train"]) if "group" in data["train"].features else None
     metrics, outputs = {}, {}
     for split in held_out:
+        evaluator = evaluator_of(processor, data[split], features[split])
         metrics[split], outputs[split] = evaluate_split(
-            model, processor, data[split], features[split], all_captions, classes
+            model, evaluator, data[split], all_captions, candidates, classes
         )
         logger.info(f"{split}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics[split].items()))
     first = held_out[0]
     answers = answer_questions(model, processor, data[first], questions_of(data[first]), features[first])
     if answers:
         metrics[first]["answer_exact"] = float(np.mean([a["answer"] == a["truth"] for a in answers]))
+    train_embeds, train_captions = on_train.encode_images(model), list(data["train"]["caption"])
+    nearest = (outputs[first]["embeds"] @ train_embeds.T).argmax(dim=-1).tolist()
+    same = [train_captions[i] == caption for i, caption in zip(nearest, data[first]["caption"], strict=True)]
+    metrics[first]["i2i_r1"] = float(np.mean(same))
     metrics |= {"train_seconds": seconds, "design": args.design, "trainable_parameters": trainable}
     is_emoji = args.dataset_name is None
-    train_embeds = image_embeddings(model, processor, data["train"], features["train"])
-    nearest = (outputs[first]["embeds"] @ train_embeds.T).argmax(dim=-1).tolist()
-    same = [data["train"][i]["caption"] == caption for i, caption in zip(nearest, data[first]["caption"], strict=True)]
-    metrics[first]["i2i_r1"] = float(np.mean(same))
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    queries = embed_queries(model, processor, data[first], FREE_QUERIES if is_emoji else ())
+    queries = embed_queries(model, on_train, data[first], FREE_QUERIES if is_emoji else ())
     results = build_page(metrics, outputs, answers, queries, train_embeds, data, EMOJI_CREDITS if is_emoji else ())
     logger.info(f"Trained in {seconds:.0f} s. Open {write_page(out / 'index.html', results)}")
 

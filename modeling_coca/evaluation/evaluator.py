@@ -189,7 +189,10 @@ class CocaEvaluator(TrainerCallback):
 
 def stack_arrays(arrays: Sequence[Any]) -> torch.Tensor:
     """Arrays, tensors or nested lists of one shape; half precision stays, lists of numbers become fp32."""
-    stacked = torch.stack([torch.as_tensor(a if isinstance(a, torch.Tensor) else np.asarray(a)) for a in arrays])
+    if isinstance(arrays[0], torch.Tensor):
+        stacked = torch.stack(list(arrays))
+    else:  # stacked by numpy, as torch warns of read-only arrays, such as mapped files
+        stacked = torch.from_numpy(np.stack([np.asarray(array) for array in arrays]))
     return stacked.float() if stacked.dtype == torch.float64 else stacked
 
 

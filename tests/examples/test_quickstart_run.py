@@ -55,3 +55,8 @@ def test_a_wrong_column_is_named(pictures, tmp_path):
     result = run("--dataset_name", pictures, cwd=tmp_path)
     assert result.returncode != 0
     assert "has no column 'text', only image, caption_text: set `--text_column`" in result.stderr
+
+
+def test_options_that_contradict_each_other(tmp_path):
+    result = run("--design", "scratch", "--vision_model", "google/vit-base-patch16-224", cwd=tmp_path)
+    assert result.returncode != 0 and "leave out one of the two" in result.stderr

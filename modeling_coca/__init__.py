@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .modeling_coca import (
         CocaForConditionalGeneration,
         CocaForImageClassification,
+        CocaForVisualQuestionAnswering,
         CocaModel,
         CocaPreTrainedModel,
         CocaTextModel,
@@ -32,6 +33,7 @@ _MODULES = {
     "modeling_coca": [
         "CocaForConditionalGeneration",
         "CocaForImageClassification",
+        "CocaForVisualQuestionAnswering",
         "CocaModel",
         "CocaPreTrainedModel",
         "CocaTextModel",
@@ -48,6 +50,7 @@ _AUTO_MODELS = {
     "AutoModelForImageClassification": {"coca": "CocaForImageClassification"},
     "AutoModelForImageTextToText": {"coca": "CocaForConditionalGeneration"},
     "AutoModelForMultimodalLM": {"coca": "CocaForConditionalGeneration"},
+    "AutoModelForVisualQuestionAnswering": {"coca": "CocaForVisualQuestionAnswering"},
     "AutoModelForZeroShotImageClassification": {"coca": "CocaModel"},
 }
 _IMAGE_PROCESSORS = {"torchvision": "CocaImageProcessor", "pil": "CocaImageProcessorPil"}

@@ -44,6 +44,28 @@ def check_one_image_input(**inputs: torch.Tensor | None) -> None:
         raise ValueError(f"Give one of {', '.join(f'`{name}`' for name in given)}: each stands for the image.")
 
 
+def check_image_tokens(
+    encoder_hidden_states: torch.Tensor | None,
+    width: int,
+    past_key_values: Cache | None,
+    texts: torch.Tensor,
+    one_text_each: bool = False,
+) -> None:
+    """Image tokens (images, Q, `width`), or the cache that holds their keys and values, must fit the texts (B, T)."""
+    if has_image(past_key_values):
+        return
+    if encoder_hidden_states is None:
+        raise ValueError("No image: give `pixel_values`, `image_hidden_states` or `encoder_hidden_states`.")
+    if encoder_hidden_states.ndim != 3 or encoder_hidden_states.shape[-1] != width:
+        raise ValueError(
+            f"`encoder_hidden_states` must have shape (batch, image tokens, {width}), got "
+            f"{tuple(encoder_hidden_states.shape)}."
+        )
+    images, rows = encoder_hidden_states.shape[0], texts.shape[0]
+    if rows % images or (one_text_each and rows != images):
+        raise ValueError(f"There are {images} images for {rows} texts (`input_ids`): each text needs its image.")
+
+
 def real_tokens(input_ids: torch.LongTensor, pad_token_id: int | None) -> torch.BoolTensor:
     """(B, T) -> (B, T), for a caller who gave no mask: what is not in a run of padding at either end.
 
@@ -126,29 +148,10 @@ class CocaGenerationMixin(GenerationMixin):
             _, model_kwargs["encoder_hidden_states"], _ = self.model.encode_image(
                 **images, need_embedding=False, interpolate_pos_encoding=interpolate_pos_encoding
             )
-        self._check_image_tokens(model_kwargs.get("encoder_hidden_states"), past_key_values, inputs_tensor, None)
+        check_image_tokens(
+            model_kwargs.get("encoder_hidden_states"), self.text_decoder.kv_size, past_key_values, inputs_tensor
+        )
         return model_kwargs
-
-    def _check_image_tokens(
-        self,
-        encoder_hidden_states: torch.Tensor | None,
-        past_key_values: EncoderDecoderCache | None,
-        texts: torch.Tensor,
-        labels: torch.Tensor | None,
-    ) -> None:
-        if has_image(past_key_values):
-            return
-        if encoder_hidden_states is None:
-            raise ValueError("No image: give `pixel_values`, `image_hidden_states` or `encoder_hidden_states`.")
-        expected = self.model.image_pooler.token_size
-        if encoder_hidden_states.ndim != 3 or encoder_hidden_states.shape[-1] != expected:
-            raise ValueError(
-                f"`encoder_hidden_states` must have shape (batch, image tokens, {expected}), got "
-                f"{tuple(encoder_hidden_states.shape)}."
-            )
-        images, rows = encoder_hidden_states.shape[0], texts.shape[0]
-        if rows % images or (labels is not None and rows != images):
-            raise ValueError(f"There are {images} images for {rows} texts (`input_ids`): each text needs its image.")
 
     def _expand_inputs_for_generation(
         self, expand_size=1, is_encoder_decoder=False, input_ids=None, encoder_hidden_states=None, **model_kwargs

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPooling,
     ImageClassifierOutput,
+    SequenceClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
@@ -33,6 +34,7 @@ from .generation_coca import (
     CocaCache,
     CocaGenerationMixin,
     as_coca_cache,
+    check_image_tokens,
     check_one_image_input,
     hide_after_pad_id,
     is_one_of,
@@ -128,6 +130,20 @@ class CocaConditionalOutput(ModelOutput):
     text_embeds: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
     encoder_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class CocaAnswerOutput(SequenceClassifierOutput):
+    """
+    Output of [`CocaForVisualQuestionAnswering`].
+
+    Args:
+        loss (scalar, *optional*, with `labels`): see `labels` there.
+        logits (`(B, num_labels)`): one score for each answer of `config.id2label`, before softmax or sigmoid.
+        hidden_states, attentions, cross_attentions: as in [`CocaConditionalOutput`].
+    """
+
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 # -------------------------------------------------------------------------------------------------- attention and MLP
@@ -779,8 +795,8 @@ class CocaModel(CocaPreTrainedModel):
     ```
     """
 
-    # A checkpoint of `CocaForConditionalGeneration` opens here without its decoder
-    _keys_to_ignore_on_load_unexpected = [r"^text_decoder\.", r"^lm_head\."]
+    # A checkpoint of a class with a decoder opens here without it
+    _keys_to_ignore_on_load_unexpected = [r"^text_decoder\.", r"^lm_head\.", r"^classifier\."]
 
     def __init__(self, config: CocaConfig):
         super().__init__(config)
@@ -1135,6 +1151,7 @@ class CocaTextDecoder(CocaPreTrainedModel):
 
     def __init__(self, config: CocaTextConfig, kv_size: int):
         super().__init__(config)
+        self.kv_size = kv_size
         self.layers = nn.ModuleList(
             [
                 CocaDecoderLayer(config, kv_size, cache_idx=config.num_unimodal_layers + i, layer_idx=i)
@@ -1178,7 +1195,59 @@ class CocaTextDecoder(CocaPreTrainedModel):
         )
 
 
-class CocaForConditionalGeneration(CocaPreTrainedModel, CocaGenerationMixin):
+class CocaDecoderModel(CocaPreTrainedModel):
+    """A [`CocaModel`] with the multimodal decoder on top: what captioner and answerer have in common."""
+
+    def __init__(self, config: CocaConfig):
+        super().__init__(config)
+        self.model = CocaModel(config)
+        self.text_decoder = CocaTextDecoder._from_config(config.text_config, kv_size=self.model.image_pooler.token_size)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def _split_hidden_states_selection(self, selected: bool | int | list[int] | None) -> tuple[Any, Any]:
+        """`output_hidden_states` may name indices of the joined tuple: those of the unimodal and the multimodal stack."""
+        if selected is None:
+            selected = self.config.output_hidden_states
+        if selected is None or isinstance(selected, bool):
+            return selected, selected
+        unimodal, total = self.config.text_config.num_unimodal_layers, self.config.text_config.num_hidden_layers + 1
+        indices = {i % total for i in ([selected] if isinstance(selected, int) else selected) if -total <= i < total}
+        # The unimodal stack's last state is the multimodal one's first. An index that exists in no stack selects nothing.
+        return (
+            [i for i in indices if i < unimodal] or [total],
+            [i - unimodal for i in indices if i >= unimodal] or [total],
+        )
+
+    @staticmethod
+    def _join_captured(
+        text_outputs: CocaTextModelOutput, decoder_outputs: ModelOutput | None, texts: torch.Tensor
+    ) -> dict[str, tuple[torch.Tensor | None, ...] | None]:
+        """Hidden states and attentions of both stacks as one model's, without what was appended for the text embedding."""
+        length = texts.shape[1]
+        hidden_states, attentions = text_outputs.hidden_states, text_outputs.attentions
+        if hidden_states is not None:
+            hidden_states = tuple(None if h is None else h[:, :length] for h in hidden_states)
+        if attentions is not None and text_outputs.pooler_output is not None:
+            attentions = tuple(a[:, :, :length, :length] for a in attentions)
+        if decoder_outputs is None:
+            return {"hidden_states": hidden_states, "attentions": attentions}
+        if hidden_states is not None:
+            hidden_states = hidden_states[:-1] + decoder_outputs.hidden_states
+        if attentions is not None:
+            attentions = attentions + decoder_outputs.attentions
+        return {
+            "hidden_states": hidden_states,
+            "attentions": attentions,
+            "cross_attentions": decoder_outputs.cross_attentions,
+        }
+
+
+class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
     """
     The whole CoCa: a [`CocaModel`] with the multimodal decoder on top, trained with both losses in one forward pass.
 
@@ -1221,17 +1290,8 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, CocaGenerationMixin):
 
     def __init__(self, config: CocaConfig):
         super().__init__(config)
-        text_config = config.text_config
-        self.model = CocaModel(config)
-        self.text_decoder = CocaTextDecoder._from_config(text_config, kv_size=self.model.image_pooler.token_size)
-        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.model.set_input_embeddings(value)
 
     @can_return_tuple
     def get_image_features(
@@ -1333,8 +1393,12 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, CocaGenerationMixin):
                 interpolate_pos_encoding=interpolate_pos_encoding,
             )
         if caption:
-            self._check_image_tokens(
-                encoder_hidden_states, past_key_values, input_ids if inputs_embeds is None else inputs_embeds, labels
+            check_image_tokens(
+                encoder_hidden_states,
+                self.text_decoder.kv_size,
+                past_key_values,
+                input_ids if inputs_embeds is None else inputs_embeds,
+                one_text_each=labels is not None,
             )
 
         if labels is not None:
@@ -1344,10 +1408,9 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, CocaGenerationMixin):
                 # What comes before the first token of a text padded on the left is no context to predict it from
                 after_padding = F.pad(~attention_mask.bool(), (1, -1), value=False)
                 labels = labels.masked_fill(after_padding, IGNORE_INDEX)
-        output_hidden_states = kwargs.pop("output_hidden_states", None)
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        unimodal_states, multimodal_states = self._split_hidden_states_selection(output_hidden_states)
+        unimodal_states, multimodal_states = self._split_hidden_states_selection(
+            kwargs.pop("output_hidden_states", None)
+        )
         text_attention_mask = kwargs.pop("text_attention_mask", None)
         text_outputs = self.model.text_model(
             input_ids,
@@ -1407,41 +1470,6 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, CocaGenerationMixin):
             encoder_hidden_states=encoder_hidden_states,
             **self._join_captured(text_outputs, decoder_outputs, input_ids if inputs_embeds is None else inputs_embeds),
         )
-
-    def _split_hidden_states_selection(self, selected: bool | int | list[int] | None) -> tuple[Any, Any]:
-        """`output_hidden_states` may name indices of the joined tuple: those of the unimodal and the multimodal stack."""
-        if selected is None or isinstance(selected, bool):
-            return selected, selected
-        unimodal, total = self.config.text_config.num_unimodal_layers, self.config.text_config.num_hidden_layers + 1
-        indices = {i % total for i in ([selected] if isinstance(selected, int) else selected) if -total <= i < total}
-        # The unimodal stack's last state is the multimodal one's first. An index that exists in no stack selects nothing.
-        return (
-            [i for i in indices if i < unimodal] or [total],
-            [i - unimodal for i in indices if i >= unimodal] or [total],
-        )
-
-    @staticmethod
-    def _join_captured(
-        text_outputs: CocaTextModelOutput, decoder_outputs: ModelOutput | None, texts: torch.Tensor
-    ) -> dict[str, tuple[torch.Tensor | None, ...] | None]:
-        """Hidden states and attentions of both stacks as one model's, without what was appended for the text embedding."""
-        length = texts.shape[1]
-        hidden_states, attentions = text_outputs.hidden_states, text_outputs.attentions
-        if hidden_states is not None:
-            hidden_states = tuple(None if h is None else h[:, :length] for h in hidden_states)
-        if attentions is not None and text_outputs.pooler_output is not None:
-            attentions = tuple(a[:, :, :length, :length] for a in attentions)
-        if decoder_outputs is None:
-            return {"hidden_states": hidden_states, "attentions": attentions}
-        if hidden_states is not None:
-            hidden_states = hidden_states[:-1] + decoder_outputs.hidden_states
-        if attentions is not None:
-            attentions = attentions + decoder_outputs.attentions
-        return {
-            "hidden_states": hidden_states,
-            "attentions": attentions,
-            "cross_attentions": decoder_outputs.cross_attentions,
-        }
 
 
 class CocaForImageClassification(CocaPreTrainedModel):
@@ -1524,9 +1552,143 @@ class CocaForImageClassification(CocaPreTrainedModel):
         )
 
 
+class CocaForVisualQuestionAnswering(CocaDecoderModel):
+    """
+    CoCa with a classifier over a list of answers, `config.id2label`: the paper's VQA head. It reads the multimodal decoder's
+    state of the question's last token. For answers in free words, give the question as prompt to
+    [`CocaForConditionalGeneration`]'s `generate`.
+
+    Opens checkpoints of [`CocaForConditionalGeneration`], with its decoder, and of [`CocaModel`]; what these lack is new
+    then. The parts of the contrastive half that no answer needs ([CLS], projections, contrastive pooler) are kept as they
+    are and get no gradient.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_coca import CocaConfig, CocaForVisualQuestionAnswering
+
+    >>> small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    >>> config = CocaConfig(
+    ...     vision_config={**small, "image_size": 36},
+    ...     text_config={**small, "num_multimodal_layers": 2, "vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98},
+    ...     num_query_tokens=4, projection_dim=32, id2label={0: "yes", 1: "no", 2: "red"},
+    ... )
+    >>> model = CocaForVisualQuestionAnswering(config).eval()
+    >>> question = torch.tensor([[97, 5, 6, 98]])
+    >>> outputs = model(question, torch.randn(1, 3, 36, 36), labels=torch.tensor([2]))
+    >>> outputs.logits.shape
+    torch.Size([1, 3])
+    >>> answer = model.config.id2label[outputs.logits[0].argmax().item()]
+    ```
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
+    def __init__(self, config: CocaConfig):
+        super().__init__(config)
+        self.classifier = nn.Linear(config.text_config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        image_hidden_states: torch.FloatTensor | None = None,
+        encoder_hidden_states: torch.FloatTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CocaAnswerOutput:
+        """
+        Args:
+            input_ids (`(B, T)`), attention_mask, position_ids, inputs_embeds: the questions, see [`CocaTextModel.forward`].
+            pixel_values, image_hidden_states or encoder_hidden_states:
+                See [`CocaForConditionalGeneration.forward`]. Each image may have several questions, which stand next to
+                each other.
+            labels (`(B,)` or `(B, num_labels)`, *optional*):
+                Either the answers' ids, where -100 stands for an answer that is not in the list and gives no loss: the loss
+                is the cross-entropy. Or a score from 0 to 1 for each answer, as VQA v2 has them (an answer's score is
+                `min(people who gave it / 3, 1)`): the loss is the binary cross-entropy, summed over the answers. Both are
+                means over the questions.
+
+        Returns:
+            [`CocaAnswerOutput`]
+        """
+        check_one_image_input(
+            pixel_values=pixel_values,
+            image_hidden_states=image_hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+        )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give the questions, as exactly one of `input_ids` and `inputs_embeds`.")
+        questions = input_ids if inputs_embeds is None else inputs_embeds
+        if attention_mask is None:
+            attention_mask = (
+                questions.new_ones(questions.shape[:2], dtype=torch.bool)
+                if input_ids is None
+                else real_tokens(input_ids, self.config.text_config.pad_token_id)
+            )
+        if pixel_values is not None or image_hidden_states is not None:
+            _, encoder_hidden_states, _ = self.model.encode_image(
+                pixel_values,
+                image_hidden_states,
+                need_embedding=False,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+            )
+        check_image_tokens(encoder_hidden_states, self.text_decoder.kv_size, None, questions)
+
+        unimodal_states, multimodal_states = self._split_hidden_states_selection(
+            kwargs.pop("output_hidden_states", None)
+        )
+        text_outputs = self.model.text_model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds=inputs_embeds,
+            output_embedding=False,
+            output_hidden_states=unimodal_states,
+            return_dict=True,
+            **kwargs,
+        )
+        decoder_outputs = self.text_decoder(
+            text_outputs.last_hidden_state,
+            encoder_hidden_states,
+            attention_mask,
+            output_hidden_states=multimodal_states,
+            return_dict=True,
+            **kwargs,
+        )
+        states = decoder_outputs.last_hidden_state
+        last = (torch.arange(states.shape[1], device=states.device) * attention_mask.long()).argmax(dim=-1)
+        logits = self.classifier(states[torch.arange(len(states), device=states.device), last])
+        return CocaAnswerOutput(
+            loss=None if labels is None else self._answer_loss(logits.float(), labels.to(logits.device)),
+            logits=logits,
+            **self._join_captured(text_outputs, decoder_outputs, questions),
+        )
+
+    @staticmethod
+    def _answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if labels.shape == logits.shape[:1] and not labels.is_floating_point():
+            total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+            return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
+        if labels.shape == logits.shape:
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum") / len(logits)
+        raise ValueError(
+            f"`labels` must be answer ids (integers) of shape ({len(logits)},), or scores of shape {tuple(logits.shape)} "
+            f"(`config.num_labels` answers), got {labels.dtype} of shape {tuple(labels.shape)}."
+        )
+
+
 __all__ = [
     "CocaForConditionalGeneration",
     "CocaForImageClassification",
+    "CocaForVisualQuestionAnswering",
     "CocaModel",
     "CocaPreTrainedModel",
     "CocaTextModel",

@@ -30,6 +30,7 @@ AUTO_MODELS = [
     ("AutoModelForImageClassification", None, "CocaForImageClassification"),
     ("AutoModelForImageTextToText", None, "CocaForConditionalGeneration"),
     ("AutoModelForMultimodalLM", None, "CocaForConditionalGeneration"),
+    ("AutoModelForVisualQuestionAnswering", None, "CocaForVisualQuestionAnswering"),
     ("AutoModelForZeroShotImageClassification", None, "CocaModel"),
 ]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForVisualQuestionAnswering
 
 from modeling_coca.configuration_coca import CocaConfig
 from modeling_coca.loss_coca import contrastive_loss
@@ -15,6 +15,7 @@ from modeling_coca.modeling_coca import (
     CocaAttentionalPooler,
     CocaForConditionalGeneration,
     CocaForImageClassification,
+    CocaForVisualQuestionAnswering,
     CocaModel,
     CocaTextModel,
     CocaVisionModel,
@@ -1269,7 +1270,7 @@ def test_autocast():
 # -------------------------------------------------------------------------------------------------- initial weights
 
 
-CLASSES = [CocaForConditionalGeneration, CocaModel, CocaForImageClassification]
+CLASSES = [CocaForConditionalGeneration, CocaModel, CocaForImageClassification, CocaForVisualQuestionAnswering]
 
 
 @pytest.fixture
@@ -1499,6 +1500,169 @@ def test_other_problem_types(problem_type, num_labels, labels, loss):
     model = build(CocaForImageClassification, num_labels=num_labels, problem_type=problem_type)
     outputs = model(images(2), labels=labels)
     torch.testing.assert_close(outputs.loss, loss(outputs.logits, labels))
+
+
+# ------------------------------------------------------------------------------------------------------- questions
+
+
+@pytest.mark.parametrize(
+    "quirks", [TEXT_QUIRKS[0], TEXT_QUIRKS[1], pytest.param({"use_cls_token": False}, id="no_cls")]
+)
+@pytest.mark.parametrize(("length", "side"), [(None, "right"), (None, "left"), (CONTEXT, "right"), (CONTEXT, "left")])
+@pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "no_mask"])
+def test_answers_are_read_at_the_last_token_of_the_question(quirks, length, side, with_mask):
+    model = build(CocaForVisualQuestionAnswering, text=quirks, num_labels=4)
+    pixel_values = images(len(TEXTS))
+    ids, mask = pad(TEXTS, length, side)
+    logits = model(ids, pixel_values, attention_mask=mask if with_mask else None).logits
+    for row, text in enumerate(TEXTS):
+        tokens = model.model.encode_image(pixel_values[row, None])[1]
+        states = model.model.text_model(torch.tensor([text]), torch.ones(1, len(text)), output_embedding=False)
+        decoded = model.text_decoder(states.last_hidden_state, tokens).last_hidden_state
+        expected = F.linear(decoded[0, -1], model.classifier.weight, model.classifier.bias)
+        torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_answer_hangs_on_the_question_and_on_the_image():
+    model = build(CocaForVisualQuestionAnswering, num_labels=4)
+    ids, mask = pad(TEXTS[:2])
+    pixel_values = images(2)
+    logits = model(ids, pixel_values, attention_mask=mask).logits
+    assert not torch.allclose(logits, model(ids, pixel_values.flip(0), attention_mask=mask).logits, atol=1e-3)
+    assert not torch.allclose(logits, model(ids.flip(0), pixel_values, attention_mask=mask.flip(0)).logits, atol=1e-3)
+
+
+def test_questions_of_one_image_stand_next_to_each_other():
+    model = build(CocaForVisualQuestionAnswering, num_labels=4)
+    ids, mask = pad(TEXTS)
+    pixel_values = images(2)
+    calls = count_calls(model.model.vision_model)[0]
+    outputs = model(ids, pixel_values, attention_mask=mask, labels=torch.tensor([0, 1, 2, 3]))
+    assert calls == [(2, 3, 8, 12)]
+    each = model(ids, pixel_values.repeat_interleave(2, dim=0), attention_mask=mask)
+    torch.testing.assert_close(outputs.logits, each.logits, rtol=1e-4, atol=1e-5)
+    encoder_hidden_states = model.model.encode_image(pixel_values)[1]
+    again = model(ids, encoder_hidden_states=encoder_hidden_states, attention_mask=mask)
+    assert torch.equal(again.logits, outputs.logits)
+    embeds = model.get_input_embeddings()(ids)
+    again = model(inputs_embeds=embeds, pixel_values=pixel_values, attention_mask=mask)
+    assert torch.equal(again.logits, outputs.logits)
+
+
+def test_answer_labels_are_ids_or_scores():
+    model = build(CocaForVisualQuestionAnswering, num_labels=4)
+    ids, mask = pad(TEXTS[:3])
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": images(3)}
+    outputs = model(**inputs, labels=torch.tensor([2, -100, 0]))
+    torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits[[0, 2]], torch.tensor([2, 0])))
+    assert model(**inputs, labels=torch.full((3,), -100)).loss == 0
+    scores = torch.tensor([[0, 1, 0.3, 0], [0, 0, 0, 0.9], [0, 0, 0, 0]])
+    x, y = outputs.logits.double(), scores.double()
+    expected = -(y * x.sigmoid().log() + (1 - y) * (1 - x.sigmoid()).log()).sum(dim=1).mean()
+    loss = model(**inputs, labels=scores).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    # one-hot integers are scores too
+    torch.testing.assert_close(
+        model(**inputs, labels=scores.round().long()).loss, model(**inputs, labels=scores.round()).loss
+    )
+    for labels in (torch.zeros(3), torch.zeros(3, 5), torch.zeros(2, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"`labels` must be answer ids .* got torch\.\w+ of shape"):
+            model(**inputs, labels=labels)
+
+
+@pytest.mark.parametrize("pooler_type", ["cascade", "parallel", "shared", "none"])
+def test_only_the_contrastive_half_gets_no_gradient_from_answers(pooler_type):
+    model = build(CocaForVisualQuestionAnswering, num_labels=4, pooler_type=pooler_type)
+    ids, mask = pad(TEXTS[:2])
+    model(ids, images(2), attention_mask=mask, labels=torch.tensor([0, 3])).loss.backward()
+    idle = {name for name, grad in grads(model).items() if grad is None}
+    contrastive = (
+        "contrastive_pooler.",
+        "projection.",
+        "logit_scale",
+        "text_model.class_embedding",
+        "text_model.final",
+    )
+    assert all(any(part in name for part in contrastive) for name in idle), idle
+    assert model.text_decoder.layers[0].cross_block.cross_attn.k_proj.weight.grad.abs().sum() > 0
+
+
+def test_answers_are_learned():
+    model = build(CocaForVisualQuestionAnswering, num_labels=3).train()
+    ids, mask = pad([TEXTS[0], TEXTS[1], TEXTS[0], TEXTS[1]], side="left")
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": images(2).repeat_interleave(2, dim=0)}
+    labels = torch.tensor([0, 1, 2, 0])  # neither the image nor the question alone tells
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**inputs, labels=labels).loss.backward()
+        optimizer.step()
+    outputs = model.eval()(**inputs, labels=labels)
+    assert outputs.logits.argmax(-1).tolist() == labels.tolist()
+    assert outputs.loss < 0.05
+
+
+@pytest.mark.parametrize("source", [CocaForConditionalGeneration, CocaModel], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("pooler_type", ["cascade", "none"])
+def test_opens_for_question_answering(source, pooler_type, tmp_path):
+    model = build(source, pooler_type=pooler_type, image_layer_norm="embedding", contrastive_loss="sigmoid")
+    model.save_pretrained(tmp_path)
+    answers = {0: "yes", 1: "no", 2: "red"}
+    answerer, info = CocaForVisualQuestionAnswering.from_pretrained(
+        tmp_path, id2label=answers, output_loading_info=True
+    )
+    new = ("classifier.", "text_decoder.") if source is CocaModel else ("classifier.",)
+    assert {key.split(".")[0] + "." for key in info["missing_keys"]} == set(new)
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    for name, parameter in model.base_model.named_parameters():
+        assert torch.equal(answerer.model.get_parameter(name), parameter), name
+    if source is CocaForConditionalGeneration:
+        for name, parameter in model.text_decoder.named_parameters():
+            assert torch.equal(answerer.text_decoder.get_parameter(name), parameter), name
+    ids, mask = pad(TEXTS[:2])
+    outputs = answerer(ids, images(2), attention_mask=mask)
+    assert outputs.logits.shape == (2, 3) and answerer.config.id2label == answers
+    # and on, and as the dual encoder again
+    answerer.save_pretrained(tmp_path / "answerer")
+    again, info = AutoModelForVisualQuestionAnswering.from_pretrained(tmp_path / "answerer", output_loading_info=True)
+    assert type(again) is CocaForVisualQuestionAnswering and not any(info.values()), info
+    assert again.config.id2label == answers
+    assert torch.equal(again(ids, images(2), attention_mask=mask).logits, outputs.logits)
+    dual, info = CocaModel.from_pretrained(tmp_path / "answerer", output_loading_info=True)
+    assert not any(info.values()), info
+    embeds = model.base_model.get_image_features(images(2)).pooler_output
+    assert torch.equal(dual.get_image_features(images(2)).pooler_output, embeds)
+
+
+def test_answerer_gives_attentions_of_both_stacks():
+    model = build(CocaForVisualQuestionAnswering, num_labels=4)
+    model.set_attn_implementation("eager")
+    ids, mask = pad(TEXTS)
+    outputs = model(ids, images(4), attention_mask=mask, output_attentions=True, output_hidden_states=True)
+    length = ids.shape[1]
+    assert [h.shape for h in outputs.hidden_states] == [(4, length, 32)] * 6
+    assert [a.shape for a in outputs.attentions] == [(4, 4, length, length)] * 5
+    assert [a.shape for a in outputs.cross_attentions] == [(4, 4, length, NUM_QUERIES)] * 2
+    as_tuple = model(ids, images(4), attention_mask=mask, return_dict=False)
+    assert torch.equal(as_tuple[0], outputs.logits)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"pixel_values": images(2)}, "Give the questions, as exactly one of `input_ids` and `inputs_embeds`"),
+        ({"input_ids": pad(TEXTS[:2])[0]}, "No image: give `pixel_values`"),
+        ({"input_ids": pad(TEXTS[:3])[0], "pixel_values": images(2)}, "2 images for 3 texts"),
+        (
+            {"input_ids": pad(TEXTS[:2])[0], "pixel_values": images(2), "image_hidden_states": torch.zeros(2, 7, 24)},
+            "Give one of `pixel_values`, `image_hidden_states`",
+        ),
+        ({"input_ids": pad(TEXTS[:2])[0], "encoder_hidden_states": torch.zeros(2, 3, 9)}, "encoder_hidden_states"),
+    ],
+)
+def test_answerer_errors_name_the_input(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        build(CocaForVisualQuestionAnswering)(**inputs)
 
 
 # ------------------------------------------------------------------------------------------ other image encoders

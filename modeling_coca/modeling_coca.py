@@ -81,8 +81,6 @@ class CocaOutput(ModelOutput):
     Args:
         loss (scalar, *optional*, with `return_loss=True`): contrastive loss, not weighted.
         logits_per_image (`(images, texts)`), logits_per_text (`(texts, images)`): scaled similarities, given both.
-        last_hidden_state (`(B, N or T, D)`): the tower's token states, where only one modality is given.
-        pooler_output (`(B, projection_dim)`): its embedding before normalisation, likewise.
         text_embeds, image_embeds (`(B, projection_dim)`): L2-normalised embeddings.
         text_model_output, vision_model_output: the towers' own outputs.
     """
@@ -90,8 +88,6 @@ class CocaOutput(ModelOutput):
     loss: torch.FloatTensor | None = None
     logits_per_image: torch.FloatTensor | None = None
     logits_per_text: torch.FloatTensor | None = None
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
     text_embeds: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
@@ -99,6 +95,21 @@ class CocaOutput(ModelOutput):
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+
+
+@dataclass
+class CocaTowerOutput(CocaOutput, BaseModelOutputWithPooling):
+    """
+    Output of [`CocaModel`] for one modality: token states come first, which is what feature-extraction pipelines take.
+
+    They are no fields of [`CocaOutput`], from whose absence sentence-transformers concludes that embeddings come from
+    `get_text_features` and `get_image_features`.
+
+    Args:
+        last_hidden_state (`(B, N or T, D)`): the tower's token states.
+        pooler_output (`(B, projection_dim)`): its embedding before normalisation.
+        hidden_states, attentions (*optional*): the tower's.
+    """
 
 
 @dataclass
@@ -921,7 +932,7 @@ class CocaModel(CocaPreTrainedModel):
             return_loss (`bool`, *optional*): compute the contrastive loss; image `i` then belongs to text `i`.
 
         Returns:
-            [`CocaOutput`]
+            [`CocaOutput`], of one modality alone [`CocaTowerOutput`].
         """
         has_text = input_ids is not None or inputs_embeds is not None
         has_image = pixel_values is not None or image_hidden_states is not None
@@ -945,26 +956,27 @@ class CocaModel(CocaPreTrainedModel):
             )
             text_embeds = F.normalize(text_outputs.pooler_output, dim=-1)
 
-        loss = logits_per_image = last_hidden_state = pooled = None
+        outputs = {
+            "text_embeds": text_embeds,
+            "image_embeds": image_embeds,
+            "text_model_output": text_outputs,
+            "vision_model_output": vision_outputs,
+        }
         if has_text and has_image:
             logits_per_image = self.similarity(image_embeds, text_embeds)
-            if return_loss:
-                loss = contrastive_loss(logits_per_image, self.config.contrastive_loss)
-        else:
-            if return_loss:
-                raise ValueError("`return_loss=True` needs both images and texts.")
-            last_hidden_state = (text_outputs or vision_outputs).last_hidden_state
-            pooled = text_outputs.pooler_output if has_text else image_features
-        return CocaOutput(
-            loss=loss,
-            logits_per_image=logits_per_image,
-            logits_per_text=None if logits_per_image is None else logits_per_image.t(),
-            last_hidden_state=last_hidden_state,
-            pooler_output=pooled,
-            text_embeds=text_embeds,
-            image_embeds=image_embeds,
-            text_model_output=text_outputs,
-            vision_model_output=vision_outputs,
+            loss = contrastive_loss(logits_per_image, self.config.contrastive_loss) if return_loss else None
+            return CocaOutput(
+                loss=loss, logits_per_image=logits_per_image, logits_per_text=logits_per_image.t(), **outputs
+            )
+        if return_loss:
+            raise ValueError("`return_loss=True` needs both images and texts.")
+        tower = text_outputs or vision_outputs
+        return CocaTowerOutput(
+            last_hidden_state=tower.last_hidden_state,
+            pooler_output=text_outputs.pooler_output if has_text else image_features,
+            hidden_states=tower.get("hidden_states"),
+            attentions=tower.get("attentions"),
+            **outputs,
         )
 
 

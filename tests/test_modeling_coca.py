@@ -610,7 +610,7 @@ def test_dual_encoder_with_both():
     torch.testing.assert_close(outputs.logits_per_image, expected)
     assert torch.equal(outputs.logits_per_text, outputs.logits_per_image.t())
     assert torch.equal(outputs.loss, contrastive_loss(outputs.logits_per_image))
-    assert outputs.last_hidden_state is None
+    assert "last_hidden_state" not in outputs
     assert torch.equal(outputs.vision_model_output.last_hidden_state, image.last_hidden_state)
     assert torch.equal(outputs.text_model_output.last_hidden_state, text.last_hidden_state)
 

@@ -292,6 +292,7 @@ class CocaConfig(PreTrainedConfig):
     }
     # Large tensors that `Trainer` would otherwise gather over the whole evaluation set
     keys_to_ignore_at_inference: ClassVar = [
+        "cache",
         "past_key_values",
         "hidden_states",
         "attentions",

@@ -6,9 +6,13 @@ Everything else is transformers' own generation. The hooks stand in the order in
 import torch
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+# transformers 5.24 renamed it, in its outputs as in what `generate` hands to the model
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithCrossAttentions.__dataclass_fields__ else "past_key_values"
 
 
 class CocaCache(EncoderDecoderCache):
@@ -26,16 +30,19 @@ class CocaCache(EncoderDecoderCache):
         self.self_attention_cache.batch_repeat_interleave(repeats)
 
 
-def as_coca_cache(past_key_values: Cache | None) -> EncoderDecoderCache | None:
-    """A bare self-attention cache gets its cross-attention half."""
-    if past_key_values is None or isinstance(past_key_values, EncoderDecoderCache):
-        return past_key_values
-    return CocaCache(past_key_values, DynamicCache())
+def as_coca_cache(cache: Cache | None, past_key_values: Cache | None = None) -> EncoderDecoderCache | None:
+    """The cache, by whichever name it came. A bare self-attention cache gets its cross-attention half."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("Give one of `cache` and `past_key_values`: they are two names of the same thing.")
+    cache = past_key_values if cache is None else cache
+    if cache is None or isinstance(cache, EncoderDecoderCache):
+        return cache
+    return CocaCache(cache, DynamicCache())
 
 
-def has_image(past_key_values: Cache | None) -> bool:
+def has_image(cache: Cache | None) -> bool:
     """Whether the keys and values of the images are there."""
-    return isinstance(past_key_values, EncoderDecoderCache) and past_key_values.is_updated.get(0, False)
+    return isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(0, False)
 
 
 def check_one_image_input(**inputs: torch.Tensor | None) -> None:
@@ -47,12 +54,12 @@ def check_one_image_input(**inputs: torch.Tensor | None) -> None:
 def check_image_tokens(
     encoder_hidden_states: torch.Tensor | None,
     width: int,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     texts: torch.Tensor,
     one_text_each: bool = False,
 ) -> None:
     """Image tokens (images, Q, `width`), or the cache that holds their keys and values, must fit the texts (B, T)."""
-    if has_image(past_key_values):
+    if has_image(cache):
         return
     if encoder_hidden_states is None:
         raise ValueError("No image: give `pixel_values`, `image_hidden_states` or `encoder_hidden_states`.")
@@ -94,7 +101,7 @@ class CocaGenerationMixin(GenerationMixin):
         if inputs is not None and inputs.ndim == 4 and model_kwargs.get("pixel_values") is None:
             inputs, model_kwargs = None, {"pixel_values": inputs, **model_kwargs}  # generate(pixel_values)
         inputs, input_name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if input_name == "input_ids" and (cache is None or cache.get_seq_length() == 0):
             inputs, model_kwargs["attention_mask"] = self._prepare_prompt(inputs, model_kwargs.get("attention_mask"))
         return inputs, input_name, model_kwargs
@@ -143,14 +150,12 @@ class CocaGenerationMixin(GenerationMixin):
         images = {k: model_kwargs.pop(k, None) for k in ("pixel_values", "image_hidden_states")}
         interpolate_pos_encoding = model_kwargs.pop("interpolate_pos_encoding", False)
         check_one_image_input(**images, encoder_hidden_states=model_kwargs.get("encoder_hidden_states"))
-        past_key_values = model_kwargs.get("past_key_values")
-        if any(value is not None for value in images.values()) and not has_image(past_key_values):
+        cache = model_kwargs.get(CACHE_NAME)
+        if any(value is not None for value in images.values()) and not has_image(cache):
             _, model_kwargs["encoder_hidden_states"], _ = self.model.encode_image(
                 **images, need_embedding=False, interpolate_pos_encoding=interpolate_pos_encoding
             )
-        check_image_tokens(
-            model_kwargs.get("encoder_hidden_states"), self.text_decoder.kv_size, past_key_values, inputs_tensor
-        )
+        check_image_tokens(model_kwargs.get("encoder_hidden_states"), self.text_decoder.kv_size, cache, inputs_tensor)
         return model_kwargs
 
     def _expand_inputs_for_generation(
@@ -197,13 +202,13 @@ class CocaGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if cache is None or isinstance(cache, CocaCache):
             return
         if isinstance(cache, EncoderDecoderCache):  # a user's: beams must not reorder its cross-attention half
             own = CocaCache(cache.self_attention_cache, cache.cross_attention_cache)
             cache.is_updated = own.is_updated  # so that the user's knows what is in it
-            model_kwargs["past_key_values"] = own
+            model_kwargs[CACHE_NAME] = own
             return
         cross_attention_cache = DynamicCache()
         if isinstance(cache, StaticCache) and model_kwargs.get("encoder_hidden_states") is not None:
@@ -213,7 +218,7 @@ class CocaGenerationMixin(GenerationMixin):
             )
             num_image_tokens = model_kwargs["encoder_hidden_states"].shape[1]
             cross_attention_cache = StaticCache(config=cross_config, max_cache_len=num_image_tokens)
-        model_kwargs["past_key_values"] = CocaCache(cache, cross_attention_cache)
+        model_kwargs[CACHE_NAME] = CocaCache(cache, cross_attention_cache)
 
     def prepare_inputs_for_generation(
         self, input_ids, *args, is_first_iteration=False, inputs_embeds=None, encoder_hidden_states=None, **kwargs
@@ -222,7 +227,7 @@ class CocaGenerationMixin(GenerationMixin):
             input_ids, *args, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
         )
         # By the cache, not by `is_first_iteration`, which is never true for an assistant model
-        if encoder_hidden_states is not None and not has_image(model_inputs.get("past_key_values")):
+        if encoder_hidden_states is not None and not has_image(model_inputs.get(CACHE_NAME)):
             model_inputs["encoder_hidden_states"] = encoder_hidden_states
         text_config, mask = self.config.text_config, kwargs.get("attention_mask")
         if text_config.shifted_cls_mask and inputs_embeds is None:

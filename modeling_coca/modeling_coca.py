@@ -20,6 +20,8 @@ from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPooling,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
     ImageClassifierOutput,
     SequenceClassifierOutput,
 )
@@ -31,6 +33,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_coca import CocaConfig, CocaTextConfig, CocaVisionConfig
 from .generation_coca import (
+    CACHE_NAME,
     CocaCache,
     CocaGenerationMixin,
     as_coca_cache,
@@ -46,17 +49,16 @@ from .loss_coca import IGNORE_INDEX, caption_loss, contrastive_loss
 
 
 @dataclass
-class CocaTextModelOutput(BaseModelOutputWithPooling):
+class CocaTextModelOutput(BaseModelOutputWithPoolingAndCrossAttentions):
     """
     Output of the unimodal text stack.
 
     Args:
         last_hidden_state (`(B, T, D)`): token states, as the multimodal decoder takes them (without a final norm).
         pooler_output (`(B, D)`, *optional*): the normed state of [CLS].
-        past_key_values (`EncoderDecoderCache`, *optional*): keys and values of the tokens seen so far.
+        cache (`EncoderDecoderCache`, *optional*): keys and values of the tokens seen so far (before transformers 5.24:
+            `past_key_values`).
     """
-
-    past_key_values: Cache | None = None
 
 
 @dataclass
@@ -113,7 +115,7 @@ class CocaTowerOutput(CocaOutput, BaseModelOutputWithPooling):
 
 
 @dataclass
-class CocaConditionalOutput(ModelOutput):
+class CocaConditionalOutput(CausalLMOutputWithCrossAttentions):
     """
     Output of [`CocaForConditionalGeneration`].
 
@@ -122,7 +124,8 @@ class CocaConditionalOutput(ModelOutput):
             `contrastive_loss_weight * contrastive_loss + caption_loss_weight * caption_loss`.
         logits (`(B, T, vocabulary)`, *optional*): next-token logits. Left out where `labels` are given, see `logits_to_keep`.
         contrastive_loss, caption_loss (scalars, *optional*): both losses without their weights.
-        past_key_values (`EncoderDecoderCache`): self-attention of both stacks, and the image's keys and values.
+        cache (`EncoderDecoderCache`): self-attention of both stacks, and the image's keys and values (before transformers
+            5.24: `past_key_values`).
         hidden_states: embeddings, unimodal and multimodal layers: `num_hidden_layers + 1` tensors `(B, T, D)`.
         attentions: self-attention of both stacks, `(B, heads, T, T)` each; unimodal ones without [CLS].
         cross_attentions: of each multimodal layer, `(B, heads, T, Q)`.
@@ -130,14 +133,8 @@ class CocaConditionalOutput(ModelOutput):
         encoder_hidden_states (`(B, Q, D)`): image tokens that the decoder attended to, where they were made or given here.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
     contrastive_loss: torch.FloatTensor | None = None
     caption_loss: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     text_embeds: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
     encoder_hidden_states: torch.FloatTensor | None = None
@@ -231,7 +228,7 @@ class CocaAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         key_value_states: torch.Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`hidden_states` (B, T, D) -> output of the same shape, and weights (B, H, T, keys) with eager attention.
@@ -239,9 +236,7 @@ class CocaAttention(nn.Module):
         Cross-attention without `key_value_states` reads the keys and values that the cache holds."""
         batch_size, length = hidden_states.shape[:2]
         queries = self.q_proj(hidden_states)
-        keys, values = self._keys_and_values(
-            key_value_states if self.is_cross_attention else hidden_states, past_key_values
-        )
+        keys, values = self._keys_and_values(key_value_states if self.is_cross_attention else hidden_states, cache)
         if self.is_cross_attention and keys.shape[0] != batch_size:
             queries = queries.reshape(keys.shape[0], -1, queries.shape[-1])
 
@@ -325,12 +320,10 @@ class CocaLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attended, _ = self.self_attn(
-            self.layer_norm1(hidden_states), attention_mask, past_key_values=past_key_values, **kwargs
-        )
+        attended, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask, cache=cache, **kwargs)
         hidden_states = hidden_states + self.dropout(self.layer_scale1(attended))
         return hidden_states + self.dropout(self.layer_scale2(self.mlp(self.layer_norm2(hidden_states))))
 
@@ -493,7 +486,7 @@ class CocaPreTrainedModel(PreTrainedModel):
         "CocaDecoderLayer",
         "CocaAttentionalPooler",
     ]
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -691,9 +684,10 @@ class CocaTextModel(CocaPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         output_embedding: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CocaTextModelOutput:
         """
@@ -702,10 +696,11 @@ class CocaTextModel(CocaPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
                 1 for tokens, 0 for padding, left or right. Without it a run of `pad_token_id` at either end is padding.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): counted along the mask by default.
-            past_key_values (`Cache`, *optional*): tokens seen before, while generating.
+            cache (`Cache`, *optional*): tokens seen before, while generating.
             inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*): instead of `input_ids`.
             output_embedding (`bool`, *optional*):
                 Append [CLS] and fill `pooler_output`; by default where no cache is given.
+            past_key_values (`Cache`, *optional*): what transformers before 5.24 calls `cache`.
 
         Returns:
             [`CocaTextModelOutput`]. `hidden_states` and `attentions` include the appended positions.
@@ -721,12 +716,12 @@ class CocaTextModel(CocaPreTrainedModel):
                 f"`input_ids` have {length} tokens, the model takes at most {config.max_text_length} "
                 "(`text_config.max_text_length`): shorten the text, or tokenize with `truncation=True`."
             )
-        past_key_values = as_coca_cache(past_key_values)
+        cache = as_coca_cache(cache, past_key_values)
         if output_embedding is None:
-            output_embedding = past_key_values is None
+            output_embedding = cache is None
         add_cls = output_embedding and config.use_cls_token
-        if add_cls and past_key_values is not None and past_key_values.get_seq_length() > 0:
-            raise ValueError("The text embedding needs the whole text: call with `past_key_values=None`.")
+        if add_cls and cache is not None and cache.get_seq_length() > 0:
+            raise ValueError("The text embedding needs the whole text: call it without a `cache`.")
 
         if output_embedding and attention_mask is None:
             if input_ids is None:
@@ -737,7 +732,7 @@ class CocaTextModel(CocaPreTrainedModel):
             if attention_mask is not None and attention_mask.ndim == 2:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
             else:
-                past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+                past_length = 0 if cache is None else cache.get_seq_length()
                 position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past_length
         position_ids = position_ids.expand(batch_size, -1)
         if add_cls:
@@ -747,15 +742,15 @@ class CocaTextModel(CocaPreTrainedModel):
         elif (
             config.shifted_cls_mask
             and input_ids is not None
-            and (past_key_values is None or past_key_values.get_seq_length() == 0)
+            and (cache is None or cache.get_seq_length() == 0)
             and (attention_mask is None or attention_mask.shape == input_ids.shape)
         ):
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             attention_mask = hide_after_pad_id(input_ids, real.bool(), config.pad_token_id)
         hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
-        mask = create_causal_mask(config, hidden_states, attention_mask, past_key_values=past_key_values)
+        mask = create_causal_mask(config, hidden_states, attention_mask, cache)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, mask, past_key_values=past_key_values, **kwargs)
+            hidden_states = layer(hidden_states, mask, cache=cache, **kwargs)
 
         pooled = None
         if add_cls:
@@ -764,9 +759,7 @@ class CocaTextModel(CocaPreTrainedModel):
             hidden_states = self.final_layer_norm(hidden_states)
             if output_embedding:
                 pooled = hidden_states[torch.arange(batch_size), self._eos_position(input_ids, attention_mask)]
-        return CocaTextModelOutput(
-            last_hidden_state=hidden_states, pooler_output=pooled, past_key_values=past_key_values
-        )
+        return CocaTextModelOutput(last_hidden_state=hidden_states, pooler_output=pooled, **{CACHE_NAME: cache})
 
     def _eos_position(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor) -> torch.Tensor:
         """(B,): where the first EOS stands, else the last real token."""
@@ -1113,14 +1106,14 @@ class CocaCrossBlock(nn.Module):
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        is_cached = past_key_values is not None and past_key_values.is_updated.get(self.layer_idx, False)
+        is_cached = cache is not None and cache.is_updated.get(self.layer_idx, False)
         attended, _ = self.cross_attn(
             self.layer_norm1(hidden_states),
             key_value_states=None if is_cached else self.layer_norm_kv(encoder_hidden_states),
-            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         hidden_states = hidden_states + self.dropout(self.layer_scale1(attended))
@@ -1142,11 +1135,11 @@ class CocaDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        hidden_states = self.self_block(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
-        return self.cross_block(hidden_states, encoder_hidden_states, past_key_values=past_key_values, **kwargs)
+        hidden_states = self.self_block(hidden_states, attention_mask, cache=cache, **kwargs)
+        return self.cross_block(hidden_states, encoder_hidden_states, cache=cache, **kwargs)
 
 
 class CocaTextDecoder(CocaPreTrainedModel):
@@ -1180,30 +1173,26 @@ class CocaTextDecoder(CocaPreTrainedModel):
         inputs_embeds: torch.FloatTensor,
         encoder_hidden_states: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """
         Args:
             inputs_embeds (`(B, T, D)`): token states of the unimodal stack.
             encoder_hidden_states (`(B, Q, D)`, or `(images, Q, D)` with `B / images` texts for each image standing next
-                to each other): image tokens. Not needed once `past_key_values` holds their keys and values.
+                to each other): image tokens. Not needed once `cache` holds their keys and values.
             attention_mask (`(B, past + T)`): 1 for tokens, 0 for padding.
-            past_key_values: see [`CocaCache`].
+            cache: see [`CocaCache`].
         """
         # The unimodal layers have written to the cache already, hence the mask is sized by the first multimodal one
         mask = create_causal_mask(
-            self.config,
-            inputs_embeds,
-            attention_mask,
-            past_key_values=past_key_values,
-            layer_idx=self.config.num_unimodal_layers,
+            self.config, inputs_embeds, attention_mask, cache, layer_idx=self.config.num_unimodal_layers
         )
         hidden_states = inputs_embeds
         for layer in self.layers:
-            hidden_states = layer(hidden_states, encoder_hidden_states, mask, past_key_values=past_key_values, **kwargs)
+            hidden_states = layer(hidden_states, encoder_hidden_states, mask, cache=cache, **kwargs)
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.final_layer_norm(hidden_states), past_key_values=past_key_values
+            last_hidden_state=self.final_layer_norm(hidden_states), **{CACHE_NAME: cache}
         )
 
 
@@ -1344,13 +1333,14 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
         position_ids: torch.LongTensor | None = None,
         image_hidden_states: torch.FloatTensor | None = None,
         encoder_hidden_states: torch.FloatTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         contrastive_mask: torch.BoolTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CocaConditionalOutput:
         """
@@ -1360,7 +1350,7 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
             image_hidden_states (`(B, N, D)`): the image encoder's last hidden states, computed beforehand (frozen encoder), or
             encoder_hidden_states (`(B, Q, D)`): image tokens, see [`~CocaForConditionalGeneration.get_image_features`].
                 Without labels, each image may have several texts, which stand next to each other.
-            past_key_values (`Cache`, *optional*): what `generate` has computed before.
+            cache (`Cache`, *optional*): what `generate` has computed before.
             labels (`(B, T)`, *optional*):
                 Token ids, -100 where there is no captioning loss (padding, a question). Shifted inside. With labels, each loss
                 that has a weight is computed.
@@ -1370,6 +1360,7 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
             logits_to_keep (`int` or `torch.Tensor`, *optional*):
                 Logits of the last positions only, 0 for all, or of the positions given. By default all without labels,
                 and none with labels, as the loss does without them.
+            past_key_values (`Cache`, *optional*): what transformers before 5.24 calls `cache`.
 
         Returns:
             [`CocaConditionalOutput`]
@@ -1393,9 +1384,11 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
         if use_cache is None:
             use_cache = config.text_config.use_cache and labels is None and not self.training
         use_cache = use_cache and not contrast  # [CLS] would stay in the cache
-        past_key_values = as_coca_cache(past_key_values)
-        if past_key_values is None and use_cache:
-            past_key_values = CocaCache(DynamicCache(config=config.text_config), DynamicCache())
+        cache = as_coca_cache(cache, past_key_values)
+        if self.training and self.is_gradient_checkpointing:
+            use_cache, cache = False, None  # the layers run twice and would write to it twice
+        if cache is None and use_cache:
+            cache = CocaCache(DynamicCache(config=config.text_config), DynamicCache())
         if has_image:
             embedding, encoder_hidden_states, _ = self.model.encode_image(
                 pixel_values,
@@ -1408,7 +1401,7 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
             check_image_tokens(
                 encoder_hidden_states,
                 self.text_decoder.kv_size,
-                past_key_values,
+                cache,
                 input_ids if inputs_embeds is None else inputs_embeds,
                 one_text_each=labels is not None,
             )
@@ -1428,7 +1421,7 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
             input_ids,
             attention_mask if text_attention_mask is None else text_attention_mask,
             position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             output_embedding=contrast,
             output_hidden_states=unimodal_states,
@@ -1449,7 +1442,7 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
                 text_outputs.last_hidden_state,
                 encoder_hidden_states,
                 attention_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 output_hidden_states=multimodal_states,
                 return_dict=True,
                 **kwargs,
@@ -1476,7 +1469,7 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
             logits=logits,
             contrastive_loss=loss_contrastive,
             caption_loss=loss_caption,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE_NAME: cache if use_cache else None},
             text_embeds=text_embeds,
             image_embeds=image_embeds,
             encoder_hidden_states=encoder_hidden_states,

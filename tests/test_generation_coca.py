@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCa
 from transformers.utils import logging as transformers_logging
 
 from modeling_coca.configuration_coca import CocaConfig
-from modeling_coca.generation_coca import CocaCache
+from modeling_coca.generation_coca import CACHE_NAME, CocaCache
 from modeling_coca.modeling_coca import CocaForConditionalGeneration
 
 BOS, EOS, PAD, VOCABULARY, CONTEXT = 57, 58, 0, 61, 14
@@ -533,7 +533,7 @@ def test_sizes_of_the_cache(model):
     outputs = model.generate(
         images(2), max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=3, return_dict_in_generate=True
     )
-    cache = outputs.past_key_values
+    cache = outputs[CACHE_NAME]
     assert isinstance(cache, CocaCache)
     assert len(cache.self_attention_cache) == UNIMODAL + MULTIMODAL
     assert len(cache.cross_attention_cache) == MULTIMODAL
@@ -543,7 +543,7 @@ def test_sizes_of_the_cache(model):
         assert layer.keys.shape == (2, 4, NUM_QUERIES, 8)  # images
     static = model.generate(
         images(2), max_new_tokens=4, do_sample=False, cache_implementation="static", return_dict_in_generate=True
-    ).past_key_values
+    )[CACHE_NAME]
     assert isinstance(static.self_attention_cache, StaticCache)
     assert [layer.keys.shape[2] for layer in static.cross_attention_cache.layers] == [NUM_QUERIES] * MULTIMODAL
 
@@ -573,10 +573,10 @@ def test_a_users_empty_cache(model, kind, kwargs, eos):
         "do_sample": False,
     }
     expected = model.generate(**inputs, **kwargs)
-    assert torch.equal(model.generate(**inputs, **kwargs, past_key_values=new_cache(kind, model)), expected)
+    assert torch.equal(model.generate(**inputs, **kwargs, **{CACHE_NAME: new_cache(kind, model)}), expected)
     # without a mask, too
     inputs["attention_mask"] = None
-    assert torch.equal(model.generate(**inputs, **kwargs, past_key_values=new_cache(kind, model)), expected)
+    assert torch.equal(model.generate(**inputs, **kwargs, **{CACHE_NAME: new_cache(kind, model)}), expected)
 
 
 @pytest.mark.parametrize("again", [True, False], ids=["image_again", "no_image"])
@@ -590,12 +590,12 @@ def test_continuing_from_a_cache(model, kind, again):
         min_new_tokens=4,
         do_sample=False,
         return_dict_in_generate=True,
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
     )
     second = model.generate(
         pixel_values=images(2) if again else None,
         input_ids=first.sequences,
-        past_key_values=first.past_key_values if kind == "own" else cache,
+        **{CACHE_NAME: first[CACHE_NAME] if kind == "own" else cache},
         max_new_tokens=4,
         min_new_tokens=4,
         do_sample=False,
@@ -607,7 +607,7 @@ def test_continuing_a_dialogue(model):
     """More tokens than the model's own are appended between two calls."""
     first = model.generate(images(1), max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     ids = torch.cat([first.sequences, torch.tensor([[7, 8]])], dim=1)
-    second = model.generate(input_ids=ids, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
+    second = model.generate(input_ids=ids, **{CACHE_NAME: first[CACHE_NAME]}, max_new_tokens=4, do_sample=False)
     assert second[0].tolist() == argmax_loop(model, ids[0].tolist(), images(1)[0], 4)
 
 
@@ -616,20 +616,32 @@ def test_forward_with_a_cache_step_by_step(model):
     with torch.no_grad():
         expected = model(ids, images(2)).logits
         for cache in (None, DynamicCache(), EncoderDecoderCache(DynamicCache(), DynamicCache())):
-            outputs = model(ids[:, :2], images(2), past_key_values=cache, use_cache=True)
+            outputs = model(ids[:, :2], images(2), cache=cache, use_cache=True)
             logits = [outputs.logits]
             for step in range(2, 5):
-                outputs = model(ids[:, step : step + 1], past_key_values=outputs.past_key_values)
+                outputs = model(ids[:, step : step + 1], cache=outputs[CACHE_NAME])
                 logits.append(outputs.logits)
             torch.testing.assert_close(torch.cat(logits, dim=1), expected)
-        assert model(ids, images(2), use_cache=False).past_key_values is None
+        assert model(ids, images(2), use_cache=False).get(CACHE_NAME) is None
+
+
+def test_both_names_of_the_cache(model):
+    """transformers 5.24 renamed `past_key_values` to `cache`."""
+    ids = torch.tensor([[BOS, 7, 8, 9]])
+    with torch.no_grad():
+        expected = model(ids, images(1)).logits[:, -1:]
+        for name in ("cache", "past_key_values"):
+            seen = model(ids[:, :3], images(1), use_cache=True)[CACHE_NAME]
+            torch.testing.assert_close(model(ids[:, 3:], **{name: seen}).logits, expected)
+            with pytest.raises(ValueError, match="two names of the same thing"):
+                model(ids[:, 3:], cache=seen, past_key_values=seen)
 
 
 def test_text_embeddings_need_the_whole_text(model):
     with torch.no_grad():
         outputs = model(torch.tensor([[BOS, 7]]), images(1), use_cache=True)
-        with pytest.raises(ValueError, match="`past_key_values=None`"):
-            model.model.text_model(torch.tensor([[8]]), past_key_values=outputs.past_key_values, output_embedding=True)
+        with pytest.raises(ValueError, match="without a `cache`"):
+            model.model.text_model(torch.tensor([[8]]), cache=outputs[CACHE_NAME], output_embedding=True)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 10])

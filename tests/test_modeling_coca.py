@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForVisualQuestionAnswering
 
 from modeling_coca.configuration_coca import CocaConfig
+from modeling_coca.generation_coca import CACHE_NAME
 from modeling_coca.loss_coca import contrastive_loss
 from modeling_coca.modeling_coca import (
     CocaAttentionalPooler,
@@ -840,12 +841,12 @@ def test_cache_beside_a_loss():
     ids = torch.tensor([[BOS, 9, 10, 11]])
     with torch.no_grad():
         first = model(ids, images(1), labels=ids, use_cache=True, logits_to_keep=0)
-        step = model(torch.tensor([[12]]), past_key_values=first.past_key_values)
+        step = model(torch.tensor([[12]]), cache=first[CACHE_NAME])
         expected = model(torch.tensor([[BOS, 9, 10, 11, 12]]), images(1))
         torch.testing.assert_close(step.logits[:, -1], expected.logits[:, -1], rtol=1e-4, atol=1e-5)
-        assert model(ids, images(1), labels=ids).past_key_values is None
+        assert model(ids, images(1), labels=ids).get(CACHE_NAME) is None
         model.config.contrastive_loss_weight = 1.0
-        assert model(ids, images(1), labels=ids, use_cache=True).past_key_values is None
+        assert model(ids, images(1), labels=ids, use_cache=True).get(CACHE_NAME) is None
 
 
 # ------------------------------------------------------------------------------------------------------ image inputs
@@ -1193,6 +1194,15 @@ def test_gradient_checkpointing_gives_equal_gradients(pooler_type):
     assert torch.equal(loss, plain)
     torch.testing.assert_close(grads(model), expected)
     assert [len(calls) for calls in (vision, unimodal, multimodal)] == [2, 2, 2]  # forward, and again for backward
+
+
+def test_gradient_checkpointing_uses_no_cache():
+    model = build().train()
+    ids = torch.tensor([[BOS, 7, 8, 9]])
+    model.activation_checkpointing_enable()
+    outputs = model(ids, images(1), use_cache=True)
+    assert outputs.get(CACHE_NAME) is None
+    outputs.logits.sum().backward()
 
 
 def test_frozen_parts_stay_in_evaluation():

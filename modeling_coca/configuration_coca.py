@@ -39,7 +39,7 @@ def _require_probability(config: PreTrainedConfig, *names: str) -> None:
 @strict
 class CocaVisionConfig(PreTrainedConfig):
     r"""
-    The image encoder of CoCa: a pre-norm ViT without a final norm (the poolers bring their own, see
+    The image encoder of CoCa: a pre-norm ViT, by default without a final norm (the poolers bring their own, see
     `CocaConfig.image_layer_norm`).
 
     Args:
@@ -51,8 +51,12 @@ class CocaVisionConfig(PreTrainedConfig):
             Share of patch tokens that is left out in training (FLIP, arXiv 2212.00794). The class token stays.
         use_class_token (`bool`, defaults to `True`):
             Put a learned class token before the patches.
+        patch_bias (`bool`, defaults to `False`):
+            The projection of the patches has a bias, as in timm's ViTs (CONCH) and torchmultimodal's.
         use_pre_layernorm (`bool`, defaults to `True`):
             LayerNorm between the embeddings and the first layer, as in CLIP.
+        use_post_layernorm (`bool`, defaults to `False`):
+            LayerNorm after the last layer, beside those of the poolers (CONCH).
         layer_scale_init_value (`float`, *optional*):
             Initial value of LayerScale (arXiv 2103.17239) on both residual branches; `None` leaves it out.
 
@@ -81,7 +85,9 @@ class CocaVisionConfig(PreTrainedConfig):
     patch_dropout: float | int = 0.0
     initializer_range: float = 0.02
     use_class_token: bool = True
+    patch_bias: bool = False
     use_pre_layernorm: bool = True
+    use_post_layernorm: bool = False
     layer_scale_init_value: float | None = None
 
     def validate_architecture(self):
@@ -121,6 +127,10 @@ class CocaTextConfig(PreTrainedConfig):
             How many of them, the last ones, also cross-attend to the image tokens.
         multimodal_intermediate_size (`int`, *optional*):
             MLP width of the multimodal layers; `None` means `intermediate_size`.
+        multimodal_layer_type (`"two_mlps"` or `"one_mlp"`, defaults to `"two_mlps"`):
+            What a multimodal layer is made of: self-attention, MLP, cross-attention to normed image tokens, MLP (all
+            open_clip weights); or the layer of the original Transformer, self-attention, cross-attention to the image tokens
+            as they are, MLP (torchmultimodal).
         max_position_embeddings (`int`, defaults to 77):
             Rows of the position table: text tokens **plus one for [CLS]** (77 = 76 + 1 in the public weights).
         dropout (`float`, defaults to 0.0):
@@ -153,6 +163,7 @@ class CocaTextConfig(PreTrainedConfig):
     hidden_size: int = 768
     intermediate_size: int = 3072
     multimodal_intermediate_size: int | None = None
+    multimodal_layer_type: Literal["two_mlps", "one_mlp"] = "two_mlps"
     num_hidden_layers: int = 24
     num_multimodal_layers: int = 12
     num_attention_heads: int = 12
@@ -244,6 +255,8 @@ class CocaConfig(PreTrainedConfig):
             Image tokens handed to the decoder. Not used by `pooler_type="none"`.
         pooler_hidden_size (`int`, *optional*):
             Width of the poolers; `None` means the text stacks' `hidden_size`.
+        contrastive_pooler_hidden_size (`int`, *optional*):
+            Width of the contrastive pooler where it has one of its own (CONCH); `None` means `pooler_hidden_size`.
         num_pooler_attention_heads (`int`, defaults to 8):
             Heads of each pooler.
         image_layer_norm (`"pooler"`, `"encoder"` or `"embedding"`, defaults to `"pooler"`):
@@ -309,6 +322,7 @@ class CocaConfig(PreTrainedConfig):
     pooler_type: Literal["cascade", "parallel", "shared", "none"] = "cascade"
     num_query_tokens: int = 256
     pooler_hidden_size: int | None = None
+    contrastive_pooler_hidden_size: int | None = None
     num_pooler_attention_heads: int = 8
     image_layer_norm: Literal["pooler", "encoder", "embedding"] = "pooler"
     image_pooling: Literal["first", "mean"] = "first"
@@ -324,6 +338,8 @@ class CocaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.pooler_hidden_size is None:
             self.pooler_hidden_size = self.text_config.hidden_size
+        if self.contrastive_pooler_hidden_size is None:
+            self.contrastive_pooler_hidden_size = self.pooler_hidden_size
         sigmoid = self.contrastive_loss == "sigmoid"
         if self.logit_scale_init_value is None:
             self.logit_scale_init_value = math.log(10) if sigmoid else math.log(1 / 0.07)
@@ -342,6 +358,8 @@ class CocaConfig(PreTrainedConfig):
         )
         if self.pooler_type != "none" and self.pooler_hidden_size is not None:
             _require_divisible(self, "pooler_hidden_size", "num_pooler_attention_heads")
+        if self.pooler_type in ("cascade", "parallel") and self.contrastive_pooler_hidden_size is not None:
+            _require_divisible(self, "contrastive_pooler_hidden_size", "num_pooler_attention_heads")
         _require(
             self.image_pooling == "first" or self.pooler_type in ("shared", "none"),
             f'`image_pooling="mean"` belongs to `pooler_type` "shared" or "none", not "{self.pooler_type}", whose '

@@ -291,7 +291,7 @@ def _layer_scale(config: CocaTextConfig | CocaVisionConfig) -> nn.Module:
 
 
 class CocaLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer layer of all three stacks: self-attention, then an MLP."""
+    """Pre-norm transformer layer of all three stacks: self-attention, then an MLP, which may be left out."""
 
     def __init__(
         self,
@@ -299,8 +299,10 @@ class CocaLayer(GradientCheckpointingLayer):
         is_causal: bool = False,
         layer_idx: int | None = None,
         intermediate_size: int | None = None,
+        has_mlp: bool = True,
     ):
         super().__init__()
+        self.has_mlp = has_mlp
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = CocaAttention(
             config,
@@ -311,9 +313,10 @@ class CocaLayer(GradientCheckpointingLayer):
             dropout=config.attention_dropout,
         )
         self.layer_scale1 = _layer_scale(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = CocaMLP(config, intermediate_size or config.intermediate_size)
-        self.layer_scale2 = _layer_scale(config)
+        if has_mlp:
+            self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.mlp = CocaMLP(config, intermediate_size or config.intermediate_size)
+            self.layer_scale2 = _layer_scale(config)
         self.dropout = nn.Dropout(getattr(config, "dropout", 0.0))
 
     def forward(
@@ -325,6 +328,8 @@ class CocaLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         attended, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask, cache=cache, **kwargs)
         hidden_states = hidden_states + self.dropout(self.layer_scale1(attended))
+        if not self.has_mlp:
+            return hidden_states
         return hidden_states + self.dropout(self.layer_scale2(self.mlp(self.layer_norm2(hidden_states))))
 
 
@@ -341,7 +346,11 @@ class CocaVisionEmbeddings(nn.Module):
         if config.use_class_token:
             self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
         self.patch_embedding = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size, bias=False
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+            bias=config.patch_bias,
         )
         rows, columns = config.grid_size
         self.position_embedding = nn.Embedding(rows * columns + self.num_prefix_tokens, config.hidden_size)
@@ -395,11 +404,14 @@ class CocaAttentionalPooler(nn.Module):
         num_queries (`int`): tokens that come out.
         kv_size (`int`): width of the tokens that go in.
         output_norm (`bool`): LayerNorm on the output.
+        hidden_size (`int`, *optional*): width of what comes out, by default `config.pooler_hidden_size`.
     """
 
-    def __init__(self, config: CocaConfig, num_queries: int, kv_size: int, output_norm: bool):
+    def __init__(
+        self, config: CocaConfig, num_queries: int, kv_size: int, output_norm: bool, hidden_size: int | None = None
+    ):
         super().__init__()
-        width, eps = config.pooler_hidden_size, config.text_config.layer_norm_eps
+        width, eps = hidden_size or config.pooler_hidden_size, config.text_config.layer_norm_eps
         self.query = nn.Parameter(torch.empty(num_queries, width))
         self.layer_norm_q = nn.LayerNorm(width, eps=eps)
         self.layer_norm_k = nn.LayerNorm(kv_size, eps=eps)
@@ -407,7 +419,7 @@ class CocaAttentionalPooler(nn.Module):
         self.layer_norm_out = nn.LayerNorm(width, eps=eps) if output_norm else nn.Identity()
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, N, `kv_size`) -> (B, queries, `pooler_hidden_size`) and the weights (B, H, queries, N) with eager attention."""
+        """(B, N, `kv_size`) -> (B, queries, `hidden_size`) and the weights (B, H, queries, N) with eager attention."""
         queries = self.layer_norm_q(self.query).expand(hidden_states.shape[0], -1, -1)
         pooled, weights = self.attn(queries, key_value_states=self.layer_norm_k(hidden_states))
         return self.layer_norm_out(pooled), weights
@@ -429,6 +441,9 @@ class CocaImagePooler(nn.Module):
         has_poolers = config.pooler_type != "none"
         self.embedding_size = self.token_size = config.pooler_hidden_size if has_poolers else encoder_size
 
+        if config.pooler_type in ("cascade", "parallel"):
+            self.embedding_size = config.contrastive_pooler_hidden_size
+
         self.norm_position = config.image_layer_norm
         if not has_poolers and self.norm_position == "pooler":
             self.norm_position = "encoder"
@@ -442,7 +457,7 @@ class CocaImagePooler(nn.Module):
             self.caption_pooler = CocaAttentionalPooler(config, num_queries, encoder_size, output_norm)
         if config.pooler_type in ("cascade", "parallel"):
             kv_size = self.token_size if config.pooler_type == "cascade" else encoder_size
-            self.contrastive_pooler = CocaAttentionalPooler(config, 1, kv_size, output_norm)
+            self.contrastive_pooler = CocaAttentionalPooler(config, 1, kv_size, output_norm, self.embedding_size)
 
     def forward(
         self, hidden_states: torch.Tensor, need_embedding: bool = True, need_tokens: bool = True
@@ -517,6 +532,8 @@ class CocaPreTrainedModel(PreTrainedModel):
                 init.normal_(module.class_embedding, std=std)
             init.normal_(module.position_embedding.weight, std=std)
             init.normal_(module.patch_embedding.weight, std=module.config.initializer_range)
+            if module.patch_embedding.bias is not None:
+                init.zeros_(module.patch_embedding.bias)
         elif isinstance(module, CocaTextModel):
             init.normal_(module.embed_tokens.weight, std=module.config.initializer_range)
             init.normal_(module.embed_positions.weight, std=module.config.initializer_range / 2)
@@ -575,6 +592,9 @@ class CocaVisionModel(CocaPreTrainedModel):
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_pre_layernorm else nn.Identity()
         )
         self.layers = nn.ModuleList([CocaLayer(config) for _ in range(config.num_hidden_layers)])
+        self.post_layernorm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_post_layernorm else nn.Identity()
+        )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -602,6 +622,7 @@ class CocaVisionModel(CocaPreTrainedModel):
         hidden_states = self.pre_layernorm(self.embeddings(pixel_values, interpolate_pos_encoding))
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.post_layernorm(hidden_states)
         pooled = hidden_states[:, 0] if self.config.use_class_token else hidden_states.mean(dim=1)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
@@ -1087,7 +1108,8 @@ class CocaCrossBlock(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.layer_norm_kv = nn.LayerNorm(kv_size, eps=config.layer_norm_eps)
+        norm_image_tokens = config.multimodal_layer_type == "two_mlps"
+        self.layer_norm_kv = nn.LayerNorm(kv_size, eps=config.layer_norm_eps) if norm_image_tokens else nn.Identity()
         self.cross_attn = CocaAttention(
             config,
             config.hidden_size,
@@ -1126,7 +1148,11 @@ class CocaDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: CocaTextConfig, kv_size: int, cache_idx: int, layer_idx: int):
         super().__init__()
         self.self_block = CocaLayer(
-            config, is_causal=True, layer_idx=cache_idx, intermediate_size=config.multimodal_intermediate_size
+            config,
+            is_causal=True,
+            layer_idx=cache_idx,
+            intermediate_size=config.multimodal_intermediate_size,
+            has_mlp=config.multimodal_layer_type == "two_mlps",
         )
         self.cross_block = CocaCrossBlock(config, kv_size, layer_idx)
 

@@ -11,50 +11,33 @@ Written for open_clip 2.x to 4.x, whose CoCa models share names and shapes.
 """
 
 import copy
-import json
 import math
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from itertools import count, product
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ..configuration_coca import CocaConfig
 from ..modeling_coca import CocaForConditionalGeneration
+from .family import Conversion, Family
+from .sources import CONFIG_FILES, WEIGHT_FILES, Weights, read_json
+from .table import (
+    SCALAR,
+    SPLIT,
+    TRANSPOSE,
+    Entry,
+    Row,
+    Shapes,
+    heads_of,
+    layers_of,
+    square_grid,
+    write_out,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Names
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class Transform(NamedTuple):
-    """How one tensor of open_clip becomes one or more of ours, and back."""
-
-    to_ours: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-    to_open_clip: Callable[..., torch.Tensor]
-
-
-COPY = Transform(lambda x: (x,), lambda x: x)
-TRANSPOSE = Transform(lambda x: (x.t(),), lambda x: x.t())  # x @ P there, nn.Linear here
-SPLIT = Transform(lambda x: x.chunk(3), lambda *qkv: torch.cat(qkv))  # rows of q, k and v packed in one tensor
-SCALAR = Transform(lambda x: (x.reshape(1),), lambda x: x.reshape(()))  # FSDP2 refuses parameters without a dimension
-
-
-class Row(NamedTuple):
-    """A line of `TABLE`.
-
-    `{i}` counts layers, `{leaf}` is weight or bias, `{qkv}` is q, k or v (in `ours` alone: all three). A row is used if
-    the model has the parameter on the right, so optional modules need nothing more. `when` chooses between two ways in
-    which open_clip stores the same thing (see `_ways_of_storing`).
-    """
-
-    open_clip: str
-    ours: str
-    transform: Transform = COPY
-    when: str | None = None
 
 
 def _layer(open_clip: str, ours: str, attention: str = "self_attn") -> list[Row]:
@@ -115,14 +98,6 @@ TABLE = [
 # fmt: on
 
 
-class Entry(NamedTuple):
-    """A row with its placeholders filled in: one tensor there, one or three here."""
-
-    open_clip: str
-    ours: tuple[str, ...]
-    transform: Transform
-
-
 def _ways_of_storing(config: CocaConfig) -> set[str]:
     # nn.MultiheadAttention packs q, k and v if keys and values have the width of the queries
     packed = config.vision_config.hidden_size == config.projection_dim
@@ -141,29 +116,7 @@ def name_entries(model: CocaForConditionalGeneration) -> list[Entry]:
     Returns:
         One entry for each tensor of open_clip's state dict, in the order of the table.
     """
-    names = set(model.state_dict())
-    ways = _ways_of_storing(model.config)
-    entries, mapped = [], set()
-    for row in TABLE:
-        if row.when is not None and row.when not in ways:
-            continue
-        leaves = ("weight", "bias") if "{leaf}" in row.ours else ("",)
-        letters = ("q", "k", "v") if "{qkv}" in row.open_clip else ("",)
-        layers = count() if "{i}" in row.ours else (0,)
-        for i in layers:
-            found = False
-            for leaf, letter in product(leaves, letters):
-                parts = [letter] if letter or "{qkv}" not in row.ours else ["q", "k", "v"]
-                ours = tuple(row.ours.format(i=i, leaf=leaf, qkv=part) for part in parts)
-                if names.issuperset(ours):
-                    found = True
-                    mapped.update(ours)
-                    entries.append(Entry(row.open_clip.format(i=i, leaf=leaf, qkv=letter), ours, row.transform))
-            if not found:
-                break
-    if mapped != names:
-        raise ValueError(f"open_clip's CoCa has no place for these tensors: {sorted(names - mapped)}.")
-    return entries
+    return write_out(TABLE, model.state_dict(), _ways_of_storing(model.config), "open_clip")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,6 +362,79 @@ def config_from_open_clip(model_cfg: dict) -> CocaConfig:
     return config
 
 
+def infer_model_cfg(shapes: Shapes) -> dict:
+    """The `model_cfg` of a checkpoint that comes without one, such as LAION's B/32 and L/14.
+
+    Args:
+        shapes: Of all tensors, by open_clip's names.
+
+    Returns:
+        What `config_from_open_clip` takes. What leaves no trace in the tensors is as in all released models: heads of 64
+        channels, 8 in the pooler, exact GELU, the first query as embedding.
+
+    Raises:
+        ValueError: The tensors leave it open.
+    """
+    width, _, patch_size, _ = shapes["visual.conv1.weight"]
+    grid = square_grid(shapes["visual.positional_embedding"][0] - 1, "The image tower")
+    vision_cfg = {
+        "image_size": grid * patch_size,
+        "layers": layers_of(shapes, "visual.transformer.resblocks"),
+        "width": width,
+        "patch_size": patch_size,
+    }
+    heads_of(width, "the image tower")
+    if "visual.attn_pool_contrastive.query" in shapes:
+        raise ValueError(
+            'With two poolers the tensors do not tell "cascade" from "parallel": give the config (`--config`).'
+        )
+    if "visual.attn_pool.query" in shapes:
+        vision_cfg |= {"attentional_pool": True, "attn_pooler_heads": 8}
+        if (queries := shapes["visual.attn_pool.query"][0]) != _DEFAULTS["vision_cfg"]["attn_pooler_queries"]:
+            vision_cfg["attn_pooler_queries"] = queries
+    if "visual.ln_pre.weight" not in shapes:
+        vision_cfg["no_ln_pre"] = True
+    vision_cfg["output_tokens"] = True
+
+    vocab_size, text_width = shapes["text.token_embedding.weight"]
+    embed_cls = "text.cls_emb" in shapes
+    stack = {
+        "context_length": shapes["text.positional_embedding"][0] - int(embed_cls),
+        "vocab_size": vocab_size,
+        "width": text_width,
+        "heads": heads_of(text_width, "the text tower"),
+    }
+    text_cfg = {
+        **stack,
+        "layers": layers_of(shapes, "text.transformer.resblocks"),
+        "embed_cls": embed_cls,
+        "output_tokens": True,
+    }
+    if "text.text_projection.bias" in shapes:
+        text_cfg["proj_bias"] = True
+    multimodal_cfg = {**stack, "layers": layers_of(shapes, "text_decoder.resblocks")}
+    for section, blocks, size in (
+        (vision_cfg, "visual.transformer.resblocks", width),
+        (text_cfg, "text.transformer.resblocks", text_width),
+        (multimodal_cfg, "text_decoder.resblocks", text_width),
+    ):
+        if f"{blocks}.0.ls_1.gamma" in shapes:
+            section["ls_init_value"] = 1.0  # where training began; the values come from the file
+        mlp_size = shapes[f"{blocks}.0.mlp.c_fc.weight"][0]
+        if section is not multimodal_cfg and mlp_size != 4 * size:
+            section["mlp_ratio"] = _mlp_ratio(mlp_size, size)
+    model_cfg = {
+        "embed_dim": shapes["visual.proj"][1],
+        "vision_cfg": vision_cfg,
+        "text_cfg": text_cfg,
+        "multimodal_cfg": multimodal_cfg,
+        "custom_text": True,
+    }
+    if "logit_bias" in shapes:
+        model_cfg["init_logit_bias"] = -10.0
+    return model_cfg
+
+
 def _pooling_from_open_clip(vision: dict[str, Any], embed_dim: int, text_width: int) -> dict[str, Any]:
     """The fields of `CocaConfig` that say how the encoder's tokens are pooled."""
     layout, queries = vision["attentional_pool"] or False, vision["attn_pooler_queries"]
@@ -458,6 +484,10 @@ def _config_to_open_clip(config: CocaConfig) -> dict[str, Any]:
     own = vision.model_type == "coca_vision_model"
     need(own, "vision_config.model_type", vision.model_type, "only CocaVisionConfig has a counterpart")
     need(vision.use_class_token, "vision_config.use_class_token", False, "open_clip's ViT has a class token")
+    need(not vision.patch_bias, "vision_config.patch_bias", True, "its projection of the patches has none there")
+    need(
+        not vision.use_post_layernorm, "vision_config.use_post_layernorm", True, "the poolers' norms are the last there"
+    )
     need(vision.num_channels == 3, "vision_config.num_channels", vision.num_channels, "open_clip's images have 3")
     for name, part in (("vision_config", vision), ("text_config", text)):
         need(part.layer_norm_eps == 1e-5, f"{name}.layer_norm_eps", part.layer_norm_eps, "it is 1e-5 there")
@@ -473,6 +503,8 @@ def _config_to_open_clip(config: CocaConfig) -> dict[str, Any]:
     why = f"with text_config.hidden_act = {text.hidden_act!r} it must be one of {allowed}"
     need(vision.hidden_act in allowed, "vision_config.hidden_act", vision.hidden_act, why)
 
+    layer = text.multimodal_layer_type
+    need(layer == "two_mlps", "text_config.multimodal_layer_type", layer, 'it is "two_mlps" there')
     mlp = text.multimodal_intermediate_size
     need(mlp == 4 * text.hidden_size, "text_config.multimodal_intermediate_size", mlp, "it is 4 x hidden_size there")
     width = config.pooler_hidden_size if pooled else vision.hidden_size
@@ -480,6 +512,8 @@ def _config_to_open_clip(config: CocaConfig) -> dict[str, Any]:
         why = f"it equals projection_dim ({config.projection_dim}) there"
         need(width == config.projection_dim, "pooler_hidden_size", width, why)
     if two_poolers:
+        contrastive = config.contrastive_pooler_hidden_size
+        need(contrastive == width, "contrastive_pooler_hidden_size", contrastive, "both poolers have one width there")
         why = f"with pooler_type={config.pooler_type!r} it equals projection_dim ({config.projection_dim}) there"
         need(vision.hidden_size == config.projection_dim, "vision_config.hidden_size", vision.hidden_size, why)
     key = "pooler_hidden_size" if pooled else "vision_config.hidden_size"
@@ -560,13 +594,6 @@ def _config_to_open_clip(config: CocaConfig) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _strip_wrappers(name: str) -> str:
-    """Names as they were before DistributedDataParallel and torch.compile."""
-    while name.startswith(("module.", "_orig_mod.")):
-        name = name.split(".", 1)[1]
-    return name
-
-
 # open_clip switches LayerScale for each text stack, we for both. A factor of one changes nothing, so that is what a
 # stack without it gets on the way in, and what is left out again on the way back.
 _TEXT_STACKS = {"text": ("text_cfg", "model.text_model."), "text_decoder": ("multimodal_cfg", "text_decoder.")}
@@ -588,13 +615,28 @@ def _filling(name: str, model_cfg: Mapping, like: torch.Tensor) -> torch.Tensor 
     return torch.ones(like.shape) if _is_filled_with_ones(name, model_cfg) else None
 
 
+FAMILY = Family(
+    name="open_clip",
+    package="open_clip_torch",
+    title="open_clip's CoCa (LAION's models, Apple's captioners for MobileCLIP2, and fine-tunes of them)",
+    table=TABLE,
+    owns=lambda names: {"visual.conv1.weight", "text.token_embedding.weight", "text_decoder.ln_final.weight"} <= names,
+    infer_config=infer_model_cfg,
+    to_config=config_from_open_clip,
+    ways=_ways_of_storing,
+    fill=_filling,
+    defaults=_DEFAULTS | _DEFAULTS[""],
+    assumed="heads of 64 channels, 8 heads in the pooler, exact GELU",
+)
+
+
 def from_open_clip(
     model_cfg: dict, state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32
 ) -> CocaForConditionalGeneration:
     """Converts an open_clip CoCa model.
 
-    Each tensor is read once and copied once: a lazy mapping (see `read_open_clip_folder`) is never wholly in memory,
-    and the model shares no memory with `state_dict`.
+    Each tensor is copied once: a lazy mapping (see `read_open_clip_folder`) is never wholly in memory, and the model shares
+    no memory with `state_dict`.
 
     Args:
         model_cfg: open_clip's config, see `config_from_open_clip`.
@@ -621,43 +663,8 @@ def from_open_clip(
     >>> model.save_pretrained("coca")  # doctest: +SKIP
     ```
     """
-    config = config_from_open_clip(model_cfg)
-    with torch.device("meta"):
-        model = CocaForConditionalGeneration(config)
-    parameters = model.state_dict()
-
-    sources, twice = {}, []
-    for name in state_dict:
-        if (stripped := _strip_wrappers(name)) in sources:
-            twice.append(name)
-        sources[stripped] = name
-
-    converted, missing, misshaped = {}, [], []
-    for entry in name_entries(model):
-        meta = entry.transform.to_open_clip(*(parameters[name] for name in entry.ours))
-        if entry.open_clip in sources:
-            source = sources.pop(entry.open_clip)
-            tensor = state_dict[source]
-        elif (tensor := _filling(entry.open_clip, model_cfg, meta)) is None:
-            missing.append(entry.open_clip)
-            continue
-        if entry.transform is SCALAR and tensor.numel() == 1:  # () or (1,), by nonscalar_logit_scale
-            tensor = tensor.reshape(())
-        if tensor.shape != meta.shape:
-            misshaped.append(f"{source} is {tuple(tensor.shape)}, the config asks for {tuple(meta.shape)}")
-            continue
-        for name, part in zip(entry.ours, entry.transform.to_ours(tensor), strict=True):
-            converted[name] = torch.empty_like(parameters[name], dtype=dtype, device="cpu").copy_(part)
-
-    groups = {"missing": missing, "unexpected": list(sources.values()), "of another shape": misshaped, "twice": twice}
-    problems = [
-        f"{len(names)} {what}:\n" + "\n".join(f"  {name}" for name in names) for what, names in groups.items() if names
-    ]
-    if problems:
-        raise ValueError("The state dict does not fit the open_clip config.\n" + "\n".join(problems))
-
-    model.load_state_dict(converted, assign=True)
-    return model.eval()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    return Conversion(FAMILY, model_cfg, shapes).load(state_dict, dtype)
 
 
 def to_open_clip(model: CocaForConditionalGeneration) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -689,49 +696,18 @@ def to_open_clip(model: CocaForConditionalGeneration) -> tuple[dict, dict[str, t
 
     state_dict = {}
     for entry in name_entries(model):
-        if _is_filled_with_ones(entry.open_clip, model_cfg):
+        if _is_filled_with_ones(entry.theirs, model_cfg):
             continue
-        tensor = entry.transform.to_open_clip(*(parameters[name].detach() for name in entry.ours))
+        tensor = entry.transform.to_theirs(*(parameters[name].detach() for name in entry.ours))
         if entry.transform is SCALAR and model_cfg.get("nonscalar_logit_scale"):
             tensor = tensor.reshape(1)
-        state_dict[entry.open_clip] = tensor.contiguous()
+        state_dict[entry.theirs] = tensor.contiguous()
     return model_cfg, state_dict
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Files
 # ---------------------------------------------------------------------------------------------------------------------
-
-# In the order in which open_clip looks for them
-_WEIGHT_FILES = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "open_clip_pytorch_model.pth",
-    "model.safetensors",
-    "pytorch_model.bin",
-    "pytorch_model.pth",
-    "model.pth",
-)
-
-
-class _SafetensorsFile(Mapping):
-    """A safetensors file as a state dict that reads a tensor when it is asked for."""
-
-    def __init__(self, path: Path):
-        self._file = safe_open(path, framework="pt")
-        self._names = list(self._file.keys())
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def read_open_clip_folder(folder: str | Path) -> tuple[dict, Mapping[str, torch.Tensor]]:
@@ -745,20 +721,14 @@ def read_open_clip_folder(folder: str | Path) -> tuple[dict, Mapping[str, torch.
         The whole JSON (`model_cfg`, `preprocess_cfg`), and the tensors, mapped from disk where the format allows.
     """
     folder = Path(folder)
-    path = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
-    if not (folder / "open_clip_config.json").is_file() or path is None:
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if not (folder / CONFIG_FILES[0]).is_file() or path is None:
         raise FileNotFoundError(
-            f"{folder} must hold open_clip_config.json and one of {', '.join(_WEIGHT_FILES)}; it holds "
+            f"{folder} must hold open_clip_config.json and one of {', '.join(WEIGHT_FILES)}; it holds "
             f"{sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else 'nothing: no such folder'}."
         )
-    config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
-    if "model_cfg" not in config:
-        config = {"model_cfg": config}
-    if path.suffix == ".safetensors":
-        return config, _SafetensorsFile(path)
-    state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    # Training checkpoints keep the weights beside the optimizer's state
-    return config, state_dict.get("state_dict", state_dict)
+    config = read_json(folder / CONFIG_FILES[0])
+    return config if "model_cfg" in config else {"model_cfg": config}, Weights([path])
 
 
 def load_open_clip_folder(folder: str | Path, dtype: torch.dtype = torch.float32) -> CocaForConditionalGeneration:

@@ -201,7 +201,7 @@ def test_losses_and_gradients_are_those_of_open_clip(vector):
     assert outputs.loss.item() == pytest.approx(vector["out.loss"].item(), rel=1e-4)
 
     gradients = {
-        entry.open_clip: entry.transform.to_open_clip(*(model.get_parameter(name).grad for name in entry.ours))
+        entry.theirs: entry.transform.to_theirs(*(model.get_parameter(name).grad for name in entry.ours))
         for entry in name_entries(model)
     }
     names = vector.metadata["grad_norm_names"]

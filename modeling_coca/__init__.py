@@ -5,7 +5,10 @@ are loaded on first use. Sub-packages are imported by name: `modeling_coca.conve
 """
 
 import importlib
+import importlib.abc
+import importlib.machinery
 import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
         CocaTextModel,
         CocaVisionModel,
     )
+    from .pipeline_coca import CocaImageCaptioningPipeline, CocaVisualQuestionAnsweringPipeline
     from .processing_coca import CocaProcessor
     from .tokenization_coca import CocaTokenizer
 
@@ -39,6 +43,7 @@ _MODULES = {
         "CocaTextModel",
         "CocaVisionModel",
     ],
+    "pipeline_coca": ["CocaImageCaptioningPipeline", "CocaVisualQuestionAnsweringPipeline"],
     "processing_coca": ["CocaProcessor"],
     "tokenization_coca": ["CocaTokenizer"],
 }
@@ -136,7 +141,30 @@ def _register_classes() -> None:
     AutoImageProcessor.register(configs["coca"], image_processor_classes=image_processors, exist_ok=True)
 
 
+class _PipelinesWatcher(importlib.abc.MetaPathFinder):
+    """Imports `pipeline_coca`, which registers its tasks, after `transformers.pipelines`: that takes as long as all else."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "transformers.pipelines":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None:
+            exec_module = spec.loader.exec_module
+
+            def exec_both(module: ModuleType) -> None:
+                exec_module(module)
+                importlib.import_module(".pipeline_coca", __name__)
+
+            spec.loader.exec_module = exec_both
+        return spec
+
+
 try:
     _register_names()
 except (AttributeError, ImportError):
     _register_classes()
+
+if "transformers.pipelines" in sys.modules:
+    importlib.import_module(".pipeline_coca", __name__)
+else:
+    sys.meta_path.insert(0, _PipelinesWatcher())

@@ -28,11 +28,13 @@ class CocaProcessor(ProcessorMixin):
 
     `apply_chat_template` joins the text parts of a chat into one prompt (system messages are left out), so that the
     chat form of the `image-text-to-text` pipeline works: a question, or the beginning of a caption as the last message.
+    `chat_template` is `None` all the same: by that attribute the pipeline tells models that expect a chat, and warns
+    those who give plain text.
 
     Args:
         image_processor: `CocaImageProcessor` or `CocaImageProcessorPil`.
         tokenizer: `CocaTokenizer`.
-        chat_template: Another Jinja template.
+        chat_template: Another Jinja template, for a model that was trained on chats.
 
     Example:
 
@@ -54,9 +56,13 @@ class CocaProcessor(ProcessorMixin):
     text_kwargs = {"padding": True, "padding_side": "left"}
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        if chat_template is None:
-            chat_template = CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    def apply_chat_template(self, conversation, chat_template=None, **kwargs):
+        """`ProcessorMixin.apply_chat_template`, with a template of its own where neither caller nor processor has one."""
+        if chat_template is None and self.chat_template is None:
+            chat_template = CHAT_TEMPLATE
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
 
 
 __all__ = ["CocaProcessor"]

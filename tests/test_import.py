@@ -76,6 +76,7 @@ def look_up(tiny_config, tmp_path, before: str) -> list[str]:
 def test_import_leaves_heavy_modules_alone():
     loaded = json.loads(run_python("import json, sys, modeling_coca; print(json.dumps(sorted(sys.modules)))"))
     heavy = {"accelerate", "datasets", "faiss", "open_clip", "pandas", "scipy", "sklearn", "timm", "torchvision"}
+    heavy.add("transformers.pipelines")  # half of the modules of transformers
     assert heavy.isdisjoint(loaded)
     # the network, text and image modules come with the first name that needs them
     assert [name for name in loaded if name.startswith("modeling_coca")] == [
@@ -144,6 +145,26 @@ def test_classes_are_registered_where_transformers_has_other_tables(tiny_config,
         "assert 'transformers.models.modeling_coca' not in sys.modules"
     )
     assert look_up(tiny_config, tmp_path, before) == FOUND
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "import modeling_coca",
+        "import transformers.pipelines, modeling_coca",
+        "from modeling_coca import CocaImageCaptioningPipeline",
+        "import modeling_coca.pipeline_coca",
+    ],
+)
+def test_own_tasks_are_registered_whatever_is_imported_first(before):
+    code = (
+        "import json\n"
+        "from transformers.pipelines import PIPELINE_REGISTRY\n"
+        "tasks = [PIPELINE_REGISTRY.check_task(task)[1] for task in ('image-captioning', 'coca-vqa')]\n"
+        "print(json.dumps([task['impl'].__name__ for task in tasks]))"
+    )
+    names = json.loads(run_python(f"{before}\n{code}"))
+    assert names == ["CocaImageCaptioningPipeline", "CocaVisualQuestionAnsweringPipeline"]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 Shapes in comments: B batch, T text tokens, N tokens of the image encoder, Q image tokens handed to the decoder, D width.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -1436,9 +1437,7 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
             if attention_mask is None and input_ids is not None:
                 attention_mask = real_tokens(input_ids, config.text_config.pad_token_id)
             if attention_mask is not None and attention_mask.ndim == 2:
-                # What comes before the first token of a text padded on the left is no context to predict it from
-                after_padding = F.pad(~attention_mask.bool(), (1, -1), value=False)
-                labels = labels.masked_fill(after_padding, IGNORE_INDEX)
+                labels = _ignore_first_after_padding(labels, attention_mask)
         unimodal_states, multimodal_states = self._split_hidden_states_selection(
             kwargs.pop("output_hidden_states", None)
         )
@@ -1501,6 +1500,167 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
             encoder_hidden_states=encoder_hidden_states,
             **self._join_captured(text_outputs, decoder_outputs, input_ids if inputs_embeds is None else inputs_embeds),
         )
+
+    @torch.no_grad()
+    def get_null_image_tokens(
+        self, pixel_values: torch.FloatTensor | None = None, interpolate_pos_encoding: bool = False
+    ) -> torch.FloatTensor:
+        """
+        Image tokens `(1, Q, D)` of an image that shows nothing: all pixels 0, which after normalisation is the mean colour.
+        With them the decoder is a language model: log p(text | null image) stands for log p(text).
+
+        Args:
+            pixel_values (`(B, channels, height, width)`, *optional*): images of the size to take, by default `image_size`.
+            interpolate_pos_encoding (`bool`): if that is another size than `image_size`.
+        """
+        if pixel_values is None:
+            vision_config = self.config.vision_config
+            size = getattr(vision_config, "image_size", None)
+            if size is None:
+                raise ValueError(
+                    f"The image encoder ({vision_config.model_type!r}) has no `image_size` of its own: give "
+                    "`null_image_tokens = model.get_null_image_tokens(pixel_values)`, for the size of your images."
+                )
+            height, width = (size, size) if isinstance(size, int) else size
+            null_image = torch.zeros(1, vision_config.num_channels, height, width, device=self.device, dtype=self.dtype)
+        else:
+            null_image = torch.zeros_like(pixel_values[:1])
+        return self.model.encode_image(
+            null_image, need_embedding=False, interpolate_pos_encoding=interpolate_pos_encoding
+        )[1]
+
+    @torch.no_grad()
+    def score_captions(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_hidden_states: torch.FloatTensor | None = None,
+        encoder_hidden_states: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        pairs: bool = False,
+        language_prior: float = 0.0,
+        null_image_tokens: torch.FloatTensor | None = None,
+        batch_size: int = 64,
+        interpolate_pos_encoding: bool = False,
+    ) -> torch.FloatTensor:
+        """
+        log p(text | image), of every text given every image: the sum over the text's tokens, its EOS included.
+
+        Unlike the contrastive similarity it is sensitive to the order of words and to details; and it likes short and
+        common texts, whatever the image. `language_prior` takes that away: with weight a, the score is
+        `log p(text | image) - a * log p(text)` (arXiv 2306.01879, 2311.17072), the second being that of null images. At 1
+        it is the pointwise mutual information, for choosing a text for an image; the papers find 0.5 to 0.9 where the texts
+        differ in quality too. Choosing an image for a text needs no prior, as it is the same for all images.
+
+        Args:
+            input_ids (`(texts, T)`), attention_mask: whole texts, from BOS to EOS, padded on either side.
+            pixel_values (`(images, channels, height, width)`), image_hidden_states or encoder_hidden_states:
+                See [`~CocaForConditionalGeneration.forward`].
+            labels (`(texts, T)`, *optional*): `input_ids` with -100 for tokens whose probability is not counted, e.g. a question
+                before the answer. By default all but BOS count.
+            pairs (`bool`): text `i` given image `i` only, or, with k texts an image, given image `i // k`.
+            language_prior (`float`): the weight a.
+            null_image_tokens (`(K, Q, D)`, *optional*): image tokens whose mean p(text) is the prior, e.g. of noise or of training
+                images; by default those of [`~CocaForConditionalGeneration.get_null_image_tokens`].
+            batch_size (`int`): texts, or images, in the network at a time. Each image is encoded once, and each text's
+                unimodal states are computed once.
+            interpolate_pos_encoding (`bool`): take images of another size than `image_size`.
+
+        Returns:
+            `torch.FloatTensor`: `(images, texts)`, or with `pairs` `(texts,)`.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_coca import CocaConfig, CocaForConditionalGeneration
+
+        >>> small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+        >>> config = CocaConfig(
+        ...     vision_config={**small, "image_size": 36},
+        ...     text_config={**small, "num_multimodal_layers": 2, "vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98},
+        ...     num_query_tokens=4, projection_dim=32,
+        ... )
+        >>> model = CocaForConditionalGeneration(config).eval()
+        >>> input_ids = torch.tensor([[97, 5, 6, 98], [97, 7, 98, 0], [97, 8, 98, 0]])
+        >>> model.score_captions(input_ids, torch.randn(2, 3, 36, 36), language_prior=0.8).shape
+        torch.Size([2, 3])
+        ```
+        """
+        text_config = self.config.text_config
+        check_one_image_input(
+            pixel_values=pixel_values,
+            image_hidden_states=image_hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+        )
+        if attention_mask is None:
+            attention_mask = real_tokens(input_ids, text_config.pad_token_id)
+        labels = (input_ids if labels is None else labels).masked_fill(attention_mask == 0, IGNORE_INDEX)
+        labels = F.pad(_ignore_first_after_padding(labels, attention_mask), (-1, 1), value=IGNORE_INDEX)
+        if pixel_values is not None or image_hidden_states is not None:
+            images = pixel_values if image_hidden_states is None else image_hidden_states
+            encoder_hidden_states = torch.cat(
+                [
+                    self.model.encode_image(
+                        part if image_hidden_states is None else None,
+                        None if image_hidden_states is None else part,
+                        need_embedding=False,
+                        interpolate_pos_encoding=interpolate_pos_encoding,
+                    )[1]
+                    for part in images.split(batch_size)
+                ]
+            )
+        # Every text stands by each image
+        check_image_tokens(
+            encoder_hidden_states, self.text_decoder.kv_size, None, input_ids if pairs else encoder_hidden_states
+        )
+        text_states = torch.cat(
+            [
+                self.model.text_model(ids, mask, output_embedding=False).last_hidden_state
+                for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True)
+            ]
+        )
+
+        def log_probs(image_tokens: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+            """Image tokens (I, Q, D) and indices (I, k) of the texts of each image -> (I, k)."""
+            num_images, per_image = texts.shape
+            scores = text_states.new_empty(texts.shape, dtype=torch.promote_types(text_states.dtype, torch.float32))
+            step = max(1, batch_size // max(per_image, 1))
+            for i in range(0, num_images, step):
+                keys_and_values = DynamicCache()  # of these images, for all their texts
+                for t in range(0, per_image, batch_size):
+                    part = texts[i : i + step, t : t + batch_size]
+                    rows = part.flatten()
+                    hidden_states = self.text_decoder(
+                        text_states[rows],
+                        image_tokens[i : i + step],
+                        attention_mask[rows],
+                        cache=CocaCache(DynamicCache(config=text_config), keys_and_values),
+                    ).last_hidden_state
+                    targets = labels[rows]
+                    row, position = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+                    logits = self.lm_head(hidden_states[row, position]).to(scores.dtype)
+                    chosen = logits.log_softmax(dim=-1).gather(1, targets[row, position, None])[:, 0]
+                    total = scores.new_zeros(len(rows)).index_add_(0, row, chosen)
+                    scores[i : i + step, t : t + batch_size] = total.view(part.shape)
+            return scores
+
+        texts = torch.arange(len(input_ids), device=input_ids.device)
+        by_image = texts.view(len(encoder_hidden_states), -1) if pairs else texts.expand(len(encoder_hidden_states), -1)
+        scores = log_probs(encoder_hidden_states, by_image)
+        if language_prior:
+            if null_image_tokens is None:
+                null_image_tokens = self.get_null_image_tokens(pixel_values, interpolate_pos_encoding)
+            prior = log_probs(null_image_tokens, texts.expand(len(null_image_tokens), -1))
+            prior = prior.logsumexp(dim=0) - math.log(len(prior))
+            scores = scores - language_prior * prior[by_image]
+        return scores.flatten() if pairs else scores
+
+
+def _ignore_first_after_padding(labels: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """What comes before the first token of a text padded on the left is no context to predict it from."""
+    return labels.masked_fill(F.pad(~attention_mask.bool(), (1, -1), value=False), IGNORE_INDEX)
 
 
 class CocaForImageClassification(CocaPreTrainedModel):

@@ -6,12 +6,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.generation import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 from transformers.utils import logging as transformers_logging
 
 from modeling_coca.configuration_coca import CocaConfig
-from modeling_coca.generation_coca import CACHE_NAME, CocaCache
+from modeling_coca.generation_coca import CACHE_NAME, CocaCache, CocaGuidanceLogitsProcessor
 from modeling_coca.modeling_coca import CocaForConditionalGeneration
 
 BOS, EOS, PAD, VOCABULARY, CONTEXT = 57, 58, 0, 61, 14
@@ -873,3 +874,315 @@ def test_compiled_steps_equal_eager(backend, kwargs):
     assert len(graphs) == 2
     assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------------------------------------------------- guidance
+
+
+class TwoPasses(LogitsProcessor):
+    """Guidance by its definition: a pass over the whole text without a cache, with the null image."""
+
+    def __init__(self, model, scale, null_tokens, mask=None):
+        self.model, self.scale, self.null_tokens, self.mask = model, scale, null_tokens, mask
+
+    def __call__(self, input_ids, scores):
+        mask = torch.ones_like(input_ids)
+        if self.mask is not None:
+            mask[:, : self.mask.shape[1]] = self.mask.repeat_interleave(len(mask) // len(self.mask), dim=0)
+        tokens = self.null_tokens.expand(len(mask), -1, -1)
+        logits = self.model(input_ids, attention_mask=mask, encoder_hidden_states=tokens, use_cache=False).logits
+        null, given = logits[:, -1].float().log_softmax(-1), scores.log_softmax(-1)
+        return null + self.scale * (given - null)
+
+
+GUIDED = {"max_new_tokens": 8, "return_dict_in_generate": True, "output_scores": True}
+
+
+@pytest.mark.parametrize("prompted", [False, True], ids=["bos", "prompts"])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        pytest.param({}, id="greedy"),
+        pytest.param({"num_beams": 4}, id="beams"),
+        pytest.param({"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.0}, id="several_beams"),
+        pytest.param({"do_sample": True, "num_return_sequences": 3}, id="sampling"),
+        pytest.param({"do_sample": True, "num_beams": 3}, id="beam_sampling"),
+        pytest.param({"use_cache": False, "num_beams": 3}, id="no_cache"),
+        pytest.param({"cache_implementation": "static"}, id="static_cache"),
+    ],
+)
+def test_guidance_equals_two_passes(model, kwargs, prompted):
+    inputs, mask = {"pixel_values": images(3)}, None
+    if prompted:
+        ids, mask = pad(PROMPTS)
+        inputs.update(input_ids=ids, attention_mask=mask)
+    null_tokens = model.get_image_features(torch.zeros_like(images(1))).pooler_output
+    kwargs = {"do_sample": False, **GUIDED, **kwargs}
+    torch.manual_seed(1)
+    guided = model.generate(**inputs, guidance_scale=2.5, no_repeat_ngram_size=2, **kwargs)
+    torch.manual_seed(1)
+    processors = [TwoPasses(model, 2.5, null_tokens, mask), NoRepeatNGramLogitsProcessor(2)]
+    expected = model.generate(**inputs, **kwargs, logits_processor=LogitsProcessorList(processors))
+    assert torch.equal(guided.sequences, expected.sequences)
+    if kwargs.get("num_beams"):
+        torch.testing.assert_close(guided.sequences_scores, expected.sequences_scores, rtol=1e-4, atol=1e-4)
+    torch.manual_seed(1)
+    plain = model.generate(**inputs, **kwargs, no_repeat_ngram_size=2)
+    assert not torch.equal(guided.sequences, plain.sequences)  # it does something
+
+
+def test_guidance_follows_the_beams_with_its_cache(model, monkeypatch):
+    """One token a step goes through the network, also where beams change places."""
+    moves, find_rows = [], CocaGuidanceLogitsProcessor._find_rows
+
+    def spy(self, texts):
+        source = find_rows(self, texts)
+        moves.append(None if source is None else source.tolist())
+        return source
+
+    monkeypatch.setattr(CocaGuidanceLogitsProcessor, "_find_rows", spy)
+    lengths = []
+    handle = model.text_decoder.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    try:
+        model.generate(images(2), num_beams=4, do_sample=False, guidance_scale=2.0, max_new_tokens=8, eos_token_id=None)
+    finally:
+        handle.remove()
+    assert lengths == [1] * 16  # two branches, eight tokens
+    assert moves[0] is None and None not in moves[1:]
+    assert any(move != list(range(8)) for move in moves[1:])
+
+
+def test_guidance_goes_on_after_tokens_were_taken_back(model):
+    null_tokens = model.get_null_image_tokens()
+    cached, plain = CocaGuidanceLogitsProcessor(model, 2.0, null_tokens), TwoPasses(model, 2.0, null_tokens)
+    scores = torch.randn(2, VOCABULARY)
+    texts = [
+        [[BOS, 3], [BOS, 4]],
+        [[BOS, 3, 5], [BOS, 4, 6]],
+        [[BOS, 3, 5, 7], [BOS, 4, 6, 8]],
+        [[BOS, 3, 9], [BOS, 4, 6]],
+        [[BOS, 3, 9, 1], [BOS, 3, 9, 2]],
+        [[BOS, 3, 9, 1, 5]],
+    ]
+    for step in map(torch.tensor, texts):
+        given = scores[: len(step)]
+        torch.testing.assert_close(cached(step, given), plain(step, given), rtol=1e-5, atol=1e-5)
+
+
+def test_guided_assisted_decoding(model):
+    kwargs = {"do_sample": False, "guidance_scale": 1.5, "max_new_tokens": 8}
+    expected = model.generate(images(1), **kwargs)
+    assert torch.equal(model.generate(images(1), prompt_lookup_num_tokens=3, **kwargs), expected)
+    assert torch.equal(model.generate(images(1), assistant_model=model, **kwargs), expected)
+
+
+@pytest.mark.parametrize("prompt", [[BOS, 7, 8], [BOS, PAD, 8]])
+def test_guidance_with_open_clips_mask(prompt):
+    model = build(text={"shifted_cls_mask": True})
+    kwargs = {**GUIDED, "do_sample": False, "guidance_scale": 2.0, "input_ids": torch.tensor([prompt])}
+    kwargs["attention_mask"] = torch.ones(1, 3, dtype=torch.long)
+    guided = model.generate(pixel_values=images(1), **kwargs)
+    assert torch.equal(guided.sequences, model.generate(pixel_values=images(1), **kwargs, use_cache=False).sequences)
+
+
+def test_guidance_of_1_is_none_and_leaves_the_config_alone(model):
+    plain = model.generate(images(2), do_sample=False)
+    assert torch.equal(model.generate(images(2), do_sample=False, guidance_scale=1.0), plain)
+    config = GenerationConfig(guidance_scale=2.0, do_sample=False, max_new_tokens=4, eos_token_id=EOS, bos_token_id=BOS)
+    once, twice = (model.generate(images(2), generation_config=config) for _ in range(2))
+    assert torch.equal(once, twice) and config.guidance_scale == 2.0
+
+
+def test_another_null_image(model):
+    grey, noise = torch.zeros_like(images(1)), 3 * torch.randn_like(images(1))
+    kwargs = {**GUIDED, "do_sample": False, "guidance_scale": 2.0}
+    default = model.generate(pixel_values=images(2), **kwargs)
+    given = [
+        model.generate(null_image_tokens=model.get_null_image_tokens(), pixel_values=images(2), **kwargs),
+        model.generate(
+            pixel_values=images(2), null_image_tokens=model.get_image_features(grey).pooler_output, **kwargs
+        ),
+        model.generate(encoder_hidden_states=model.get_image_features(images(2)).pooler_output, **kwargs),
+    ]
+    for other in given:
+        assert torch.equal(other.sequences, default.sequences)
+    noisy = model.get_image_features(noise).pooler_output
+    other = model.generate(pixel_values=images(2), null_image_tokens=noisy, **kwargs)
+    assert not torch.allclose(other.scores[0], default.scores[0])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"null_image_tokens": torch.zeros(2, NUM_QUERIES, 40).double()}, "one null image, `null_image_tokens` hold 2"),
+        ({"negative_prompt_ids": torch.tensor([[BOS]])}, "leave out `negative_prompt_ids`"),
+        ({"inputs_embeds": torch.zeros(1, 2, 32).double()}, "prompt as `input_ids`"),
+    ],
+)
+def test_guidance_errors(model, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(pixel_values=images(1), guidance_scale=2.0, **kwargs)
+
+
+def test_an_encoder_without_a_size_needs_the_null_image():
+    config = build().config
+    config.vision_config = AutoConfig.for_model(
+        "resnet", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
+    )
+    model = CocaForConditionalGeneration(config).eval()
+    pixel_values = torch.randn(2, 3, 32, 32)
+    tokens = model.get_image_features(pixel_values).pooler_output
+    with pytest.raises(ValueError, match=r"\('resnet'\) has no `image_size` of its own: give `null_image_tokens"):
+        model.generate(encoder_hidden_states=tokens, guidance_scale=2.0)
+    null_tokens = model.get_null_image_tokens(pixel_values)
+    kwargs = {"guidance_scale": 2.0, "do_sample": False, "max_new_tokens": 4}
+    assert torch.equal(
+        model.generate(encoder_hidden_states=tokens, null_image_tokens=null_tokens, **kwargs),
+        model.generate(pixel_values=pixel_values, **kwargs),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ scores of captions
+
+
+@torch.no_grad()
+def log_prob(model, text: list[int], image: torch.Tensor) -> float:
+    """The definition: one text without padding, one image, token by token."""
+    logits = model(torch.tensor([text]), image[None], use_cache=False).logits[0].log_softmax(-1)
+    return sum(float(logits[i, token]) for i, token in enumerate(text[1:]))
+
+
+CAPTIONS = [[BOS, 7, EOS], [BOS, 9, 10, 11, 12, EOS], [BOS, 3, PAD, 5, EOS], [BOS, *range(21, 33), EOS]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "no_mask"])
+def test_scores_of_every_image_and_text(model, batch_size, side, masked):
+    ids, mask = pad(CAPTIONS, side)
+    scores = model.score_captions(ids, images(3), mask if masked else None, batch_size=batch_size)
+    expected = [[log_prob(model, text, image) for text in CAPTIONS] for image in images(3)]
+    torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("num_images", [1, 2, 4])
+def test_scores_of_pairs(model, batch_size, num_images):
+    ids, mask = pad(CAPTIONS, "right")
+    scores = model.score_captions(ids, images(num_images), mask, pairs=True, batch_size=batch_size)
+    every = model.score_captions(ids, images(num_images), mask)
+    of_text = torch.arange(4) // (4 // num_images)
+    torch.testing.assert_close(scores, every[of_text, torch.arange(4)])
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_teacher_forced_scores_are_those_of_generate(model, num_beams):
+    ids, mask = pad(PROMPTS)
+    outputs = model.generate(
+        pixel_values=images(3),
+        input_ids=ids,
+        attention_mask=mask,
+        num_beams=num_beams,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    # with beams the scores are normalised already, and those of finished beams are 0
+    transitions = model.compute_transition_scores(
+        outputs.sequences, outputs.scores, outputs.get("beam_indices"), normalize_logits=num_beams == 1
+    )
+    generated = outputs.sequences[:, ids.shape[1] :]
+    ended = (generated == EOS).cumsum(-1) - (generated == EOS).long() > 0
+    expected = transitions.masked_fill(ended, 0).sum(-1)
+    mask = torch.cat([mask, (~ended).long()], dim=1)
+    labels = outputs.sequences.clone()
+    labels[:, : ids.shape[1]] = -100
+    scores = model.score_captions(outputs.sequences, images(3), mask, labels=labels, pairs=True)
+    torch.testing.assert_close(scores.float(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_are_minus_the_captioning_loss(model):
+    ids, mask = pad(CAPTIONS, "right")
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, 1] = -100  # not counted
+    with torch.no_grad():
+        loss = model(ids, images(4), mask, labels=labels).caption_loss
+    scores = model.score_captions(ids, images(4), mask, labels=labels, pairs=True)
+    assert -scores.sum().item() == pytest.approx(loss.item() * (labels[:, 1:] != -100).sum().item())
+
+
+def test_language_prior(model):
+    ids, mask = pad(CAPTIONS, "right")
+    plain = model.score_captions(ids, images(3), mask)
+    grey = torch.zeros(3, 8, 8).double()
+    prior = torch.tensor([log_prob(model, text, grey) for text in CAPTIONS], dtype=torch.float64)
+    for options in ({}, {"batch_size": 1}):
+        scores = model.score_captions(ids, images(3), mask, language_prior=0.7, **options)
+        torch.testing.assert_close(scores, plain - 0.7 * prior)
+    paired = model.score_captions(ids, images(3)[:2], mask, language_prior=1, pairs=True)
+    torch.testing.assert_close(paired, (plain - prior)[[0, 0, 1, 1], [0, 1, 2, 3]])
+    # the mean of p(text) over several null images
+    nulls = images(3)
+    scores = model.score_captions(
+        ids, images(3), mask, language_prior=1, null_image_tokens=model.get_image_features(nulls).pooler_output
+    )
+    torch.testing.assert_close(scores, plain - plain.exp().mean(0).log())
+    assert scores.argmax(1).tolist() != plain.argmax(1).tolist()
+
+
+def test_guided_score_of_a_text_is_its_score_with_a_language_prior(model):
+    kwargs = {"guidance_scale": 3.0, "max_new_tokens": 6, "eos_token_id": None, "length_penalty": 0.0}
+    outputs = model.generate(
+        pixel_values=images(1), num_beams=3, do_sample=False, return_dict_in_generate=True, output_scores=True, **kwargs
+    )
+    scores = model.score_captions(
+        outputs.sequences, images(1), torch.ones_like(outputs.sequences), language_prior=2 / 3
+    )
+    torch.testing.assert_close(outputs.sequences_scores.double(), 3 * scores[0], rtol=1e-4, atol=1e-4)
+    assert outputs.sequences.shape == (1, 7)
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_scoring_reads_each_image_and_each_text_once(model, batch_size):
+    cross_attn = model.text_decoder.layers[0].cross_block.cross_attn
+    vision, keys, text = count_calls(model.model.vision_model, cross_attn.k_proj, model.model.text_model)
+    ids, mask = pad(CAPTIONS + CAPTIONS[:3], "right")
+    model.score_captions(ids, images(4), mask, batch_size=batch_size)
+    assert [sum(shape[0] for shape in shapes) for shapes in (vision, keys, text)] == [4, 4, 7]
+    assert max(shape[0] for shape in text) <= batch_size
+
+
+def test_scores_of_other_image_inputs(model):
+    ids, mask = pad(CAPTIONS, "right")
+    scores = model.score_captions(ids, images(2), mask)
+    features = model.get_image_features(images(2))
+    for inputs in (
+        {"image_hidden_states": features.last_hidden_state},
+        {"encoder_hidden_states": features.pooler_output},
+        {"pixel_values": images(2), "interpolate_pos_encoding": True},
+    ):
+        torch.testing.assert_close(model.score_captions(ids, attention_mask=mask, **inputs), scores)
+    assert not scores.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({}, "No image: give `pixel_values`"),
+        ({"pixel_values": images(3), "pairs": True}, "3 images for 4 texts"),
+        ({"pixel_values": images(1), "image_hidden_states": torch.zeros(1, 5, 24)}, "Give one of"),
+        ({"encoder_hidden_states": torch.zeros(1, 5, 24)}, "`encoder_hidden_states` must have shape"),
+    ],
+)
+def test_scoring_errors(model, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        model.score_captions(pad(CAPTIONS)[0], **kwargs)
+
+
+def test_scores_in_half_precision():
+    model = build().float()
+    ids, mask = pad(CAPTIONS, "right")
+    expected = model.score_captions(ids, images(2).float(), mask, language_prior=0.5)
+    scores = model.bfloat16().score_captions(ids, images(2).bfloat16(), mask, language_prior=0.5)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, rtol=0.05, atol=0.3)

@@ -491,7 +491,6 @@ class CocaPreTrainedModel(PreTrainedModel):
 
     config: CocaConfig
     base_model_prefix = "model"
-    main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     # The contrastive loss is no mean over tokens, so `Trainer` must not rescale the loss by their number
@@ -582,6 +581,7 @@ class CocaVisionModel(CocaPreTrainedModel):
     """
 
     config: CocaVisionConfig
+    main_input_name = "pixel_values"
     input_modalities = ("image",)
     _can_record_outputs = {"hidden_states": CocaLayer, "attentions": CocaAttention}
     _input_embed_layer = "patch_embedding"
@@ -651,7 +651,6 @@ class CocaTextModel(CocaPreTrainedModel):
     """
 
     config: CocaTextConfig
-    main_input_name = "input_ids"
     input_modalities = ("text",)
     _input_embed_layer = "embed_tokens"
     _can_record_outputs = {
@@ -1067,6 +1066,8 @@ def run_vision_model(
         raise ValueError("`pixel_values` are missing (or `image_hidden_states` instead of them).")
     model_type = vision_model.config.model_type
     wants_hidden_states = kwargs.pop("output_hidden_states", None)
+    if wants_hidden_states is None:
+        wants_hidden_states = vision_model.config.output_hidden_states
     if model_type != "coca_vision_model":
         kwargs = {"output_attentions": True} if kwargs.get("output_attentions") else {}
     if model_type == "timm_wrapper":
@@ -1258,10 +1259,11 @@ class CocaDecoderModel(CocaPreTrainedModel):
         """Hidden states and attentions of both stacks as one model's, without what was appended for the text embedding."""
         length = texts.shape[1]
         hidden_states, attentions = text_outputs.hidden_states, text_outputs.attentions
-        if hidden_states is not None:
-            hidden_states = tuple(None if h is None else h[:, :length] for h in hidden_states)
-        if attentions is not None and text_outputs.pooler_output is not None:
-            attentions = tuple(a[:, :, :length, :length] for a in attentions)
+        if text_outputs.pooler_output is not None:  # else they stay the tensors of the graph, for `retain_grad`
+            if hidden_states is not None:
+                hidden_states = tuple(None if h is None else h[:, :length] for h in hidden_states)
+            if attentions is not None:
+                attentions = tuple(a[:, :, :length, :length] for a in attentions)
         if decoder_outputs is None:
             return {"hidden_states": hidden_states, "attentions": attentions}
         if hidden_states is not None:
@@ -1313,7 +1315,6 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
     ```
     """
 
-    main_input_name = "input_ids"  # of `generate`, whose inputs are text and whose images come by keyword
     _tied_weights_keys = {"lm_head.weight": "model.text_model.embed_tokens.weight"}
 
     def __init__(self, config: CocaConfig):
@@ -1687,6 +1688,7 @@ class CocaForImageClassification(CocaPreTrainedModel):
     ```
     """
 
+    main_input_name = "pixel_values"
     input_modalities = ("image",)
     _keys_to_ignore_on_load_unexpected = [
         r"^text_decoder\.",
@@ -1706,6 +1708,9 @@ class CocaForImageClassification(CocaPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.vision_model.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(

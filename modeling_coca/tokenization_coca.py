@@ -24,6 +24,7 @@ logger = logging.get_logger(__name__)
 
 _END_OF_WORD = "</w>"
 _PAD_TOKEN = "<pad>"
+_DEFAULT_SPECIALS = {"bos_token": "<start_of_text>", "eos_token": "<end_of_text>"}
 _CLIP_VOCAB_SIZE = 49408
 _CLIP_BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
 
@@ -134,6 +135,9 @@ class CocaTokenizer(CLIPTokenizer):
     ```
     """
 
+    # Matches special tokens such as "[IMG]", which the cleaning would turn into text
+    _cased_specials: re.Pattern | None = None
+
     def __init__(
         self,
         vocab: str | dict[str, int] | None = None,
@@ -156,12 +160,19 @@ class CocaTokenizer(CLIPTokenizer):
         if merges is not None:
             merges = [tuple(merge.split()) if isinstance(merge, str) else tuple(merge) for merge in merges]
         if vocab:
+            known = {*vocab, *map(str, kwargs.get("added_tokens_decoder", {}).values())}
             for name, token in (("bos_token", bos_token), ("eos_token", eos_token)):
-                if str(token) not in vocab:
+                if str(token) in known:
+                    continue
+                if token is None or str(token) == _DEFAULT_SPECIALS[name]:
                     raise ValueError(
-                        f"{name}={str(token)!r} is not in the vocabulary of {len(vocab)} tokens: pass {name}= as the "
+                        f"{name}={token!r} is not in the vocabulary of {len(vocab)} tokens: pass {name}= as the "
                         "vocabulary spells it (OpenAI's files have '<|startoftext|>' and '<|endoftext|>')."
                     )
+                logger.warning(
+                    f"{name}={str(token)!r} is not in the vocabulary of {len(vocab)} tokens, so it is added to it. A model "
+                    f"needs `resize_token_embeddings({len(vocab) + 1})` or more, and its `text_config.{name}_id`."
+                )
         if pad_token is None:
             first = next((token for token, index in vocab.items() if index == 0), None) if vocab else None
             pad_token = first if _is_text_symbol(first) and _PAD_TOKEN not in vocab else _PAD_TOKEN
@@ -247,7 +258,11 @@ class CocaTokenizer(CLIPTokenizer):
         # The base class registers every named token with the backend, which then cuts each "!" out of its word.
         if _is_text_symbol(pad_token := self._special_tokens_map.get("pad_token")):
             new_tokens = [token for token in new_tokens if str(token) != str(pad_token)]
-        return super()._add_tokens(new_tokens, special_tokens=special_tokens)
+        number = super()._add_tokens(new_tokens, special_tokens=special_tokens)
+        specials = [token.content for token in self.added_tokens_decoder.values() if token.special]
+        cased = sorted((token for token in specials if clean_text(token) != token), key=len, reverse=True)
+        self._cased_specials = re.compile(f"({'|'.join(map(re.escape, cased))})") if cased else None
+        return number
 
     def _encode_plus(self, text, text_pair=None, **kwargs):
         # A marked chat is encoded piece by piece through `encode`, which cleans the pieces.
@@ -261,7 +276,11 @@ class CocaTokenizer(CLIPTokenizer):
     def _clean(self, text, name: str):
         """Cleans a text, or every text of a (nested) list; `name` is what errors call it."""
         if isinstance(text, str):
-            return self._split_glued_specials(clean_text(text))
+            if self._cased_specials is None:
+                return self._split_glued_specials(clean_text(text))
+            pieces = self._cased_specials.split(text)  # text, special token, text, ...
+            pieces[::2] = [self._split_glued_specials(clean_text(piece)) for piece in pieces[::2]]
+            return " ".join(filter(None, pieces))
         if isinstance(text, (list, tuple)):
             return type(text)(self._clean(item, f"{name}[{index}]") for index, item in enumerate(text))
         raise ValueError(f"{name} must be a string, a list of strings or a list of lists of words, not {type(text)}.")

@@ -1165,6 +1165,22 @@ def test_tower_attentions_and_hidden_states():
     features = model.get_image_features(images(2), output_hidden_states=True, output_attentions=True)
     assert torch.equal(torch.stack(features.hidden_states), torch.stack(vision.hidden_states))
     assert len(features.attentions) == 2
+    model.config.vision_config.output_hidden_states = True
+    assert torch.equal(
+        torch.stack(model.get_image_features(images(2)).hidden_states), torch.stack(vision.hidden_states)
+    )
+
+
+def test_hidden_states_and_attentions_keep_gradients():
+    model = build()
+    model.set_attn_implementation("eager")
+    ids, mask = pad(TEXTS[:2])
+    outputs = model(ids, images(2), mask, output_hidden_states=True, output_attentions=True)
+    inner = [*outputs.hidden_states, *outputs.attentions, *outputs.cross_attentions]
+    for tensor in inner:
+        tensor.retain_grad()
+    outputs.logits.sum().backward()
+    assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in inner)
 
 
 def test_vision_pooler_output():

@@ -1,5 +1,6 @@
 import copy
 import json
+import logging
 import pickle
 import random
 
@@ -273,8 +274,46 @@ def test_vocab_and_merges_files(clip_like, tmp_path):
     for tokenizer in (CocaTokenizer(**paths), CocaTokenizer.from_pretrained(tmp_path)):
         assert tokenizer("# a red fox! !#")["input_ids"] == want
         assert tokenizer.pad_token_id == 0 and 0 not in tokenizer.all_special_ids
-    with pytest.raises(ValueError, match="bos_token='<s>' is not in the vocabulary"):
-        CocaTokenizer(vocab=model["vocab"], merges=model["merges"], bos_token="<s>")
+
+
+def test_bos_and_eos_that_are_not_in_the_vocabulary(clip_like, tmp_path, caplog):
+    model = json.loads(clip_like.backend_tokenizer.to_str())["model"]
+    other = {
+        token.replace("_of_", "-"): index for token, index in model["vocab"].items()
+    }  # as another file spells them
+    with pytest.raises(ValueError, match="bos_token='<start_of_text>' is not in the vocabulary"):
+        CocaTokenizer(vocab=other, merges=model["merges"])
+    with pytest.raises(ValueError, match="bos_token=None is not in the vocabulary"):
+        CocaTokenizer(vocab=model["vocab"], merges=model["merges"], bos_token=None)
+
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        tokenizer = CocaTokenizer(vocab=model["vocab"], merges=model["merges"], bos_token="<BOS>")
+        (record,) = caplog.records
+        size = len(model["vocab"])
+        assert f"resize_token_embeddings({size + 1})" in record.getMessage()
+        assert "text_config.bos_token_id" in record.getMessage()
+        ids = tokenizer("a <BOS> fox")["input_ids"]
+        assert ids[0] == tokenizer.bos_token_id == size and ids.count(size) == 2 and ids[-1] == clip_like.eos_token_id
+        caplog.clear()
+        tokenizer.save_pretrained(tmp_path)
+        assert CocaTokenizer.from_pretrained(tmp_path)("a <BOS> fox")["input_ids"] == ids
+        assert caplog.records == []
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+def test_special_tokens_with_capitals(small, tmp_path):
+    tokenizer = copy.deepcopy(small)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["[IMG]", "[IMG]2"]})
+    one, two = tokenizer.convert_tokens_to_ids(["[IMG]", "[IMG]2"])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    fox = small("A  fox", add_special_tokens=False)["input_ids"]
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, CocaTokenizer.from_pretrained(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
+        assert each("[IMG]A  Fox[IMG]2 [IMG]")["input_ids"] == [bos, one, *fox, two, one, eos]
+        assert each(["[img]", "<END_OF_TEXT>"])["input_ids"] == small(["[img]", "<END_OF_TEXT>"])["input_ids"]
 
 
 def test_too_long_text_is_an_error_unless_truncated(clip_like):

@@ -1,0 +1,24 @@
+"""transformers' own processor tests."""
+
+import unittest
+
+import pytest
+from transformers_tests.test_processing_common import ProcessorTesterMixin
+
+from modeling_coca import CocaImageProcessor, CocaProcessor, CocaTokenizer
+
+pytest.importorskip("torchvision")
+
+CORPUS = ["lower newer", "upper older longer string", "what does this image show?"] * 10
+
+
+class CocaProcessorTest(ProcessorTesterMixin, unittest.TestCase):
+    processor_class = CocaProcessor
+
+    @classmethod
+    def _setup_tokenizer(cls):
+        return CocaTokenizer(model_max_length=512).train_new_from_iterator(CORPUS, vocab_size=600)
+
+    @classmethod
+    def _setup_image_processor(cls):
+        return CocaImageProcessor(size=18)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -44,7 +46,7 @@ from .generation_coca import (
     is_one_of,
     real_tokens,
 )
-from .loss_coca import IGNORE_INDEX, caption_loss, contrastive_loss
+from .loss_coca import IGNORE_INDEX, caption_loss, contrastive_loss, mean_count, shift
 
 # ----------------------------------------------------------------------------------------------------------- outputs
 
@@ -517,6 +519,17 @@ class CocaPreTrainedModel(PreTrainedModel):
                 module.eval()
         return self
 
+    def _loss_group(self) -> "dist.ProcessGroup | None":
+        """Processes that train on batches of their own, whose losses are joined. `None`: this one alone, or evaluation."""
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return None
+        mesh_manager = getattr(self, "_mesh_manager", None)  # of `from_pretrained(distributed_config=...)`
+        if mesh_manager is None:
+            group = dist.group.WORLD
+        else:  # tensor-parallel processes share a batch
+            group = mesh_manager.get_mesh(("dp_replicate", "fsdp"))._flatten().get_group()
+        return group if dist.get_world_size(group) > 1 else None
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
         # For code outside transformers it would skip modules without parameters of their own, such as `CocaAttention`.
         # `_init_weights` here writes through `initialization`, which leaves loaded weights alone, so that is not needed.
@@ -920,8 +933,15 @@ class CocaModel(CocaPreTrainedModel):
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
         return outputs
 
+    def contrastive_loss(
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, group: "dist.ProcessGroup | None" = None
+    ) -> torch.Tensor:
+        """Contrastive loss of L2-normalised embeddings; see [`~loss_coca.contrastive_loss`]."""
+        kind = self.config.contrastive_loss
+        return contrastive_loss(image_embeds, text_embeds, self.logit_scale, self.logit_bias, kind, group)
+
     def similarity(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        """Scaled similarities (images, texts) of L2-normalised embeddings, as the contrastive loss takes them."""
+        """Scaled similarities (images, texts) of L2-normalised embeddings."""
         logits = self.logit_scale.exp() * (image_embeds @ text_embeds.to(image_embeds.device).t())
         return logits if self.logit_bias is None else logits + self.logit_bias
 
@@ -943,7 +963,9 @@ class CocaModel(CocaPreTrainedModel):
             input_ids (`(texts, T)`), attention_mask, position_ids, inputs_embeds: see [`CocaTextModel.forward`].
             pixel_values (`(images, channels, height, width)`) or image_hidden_states (`(images, N, D)`): see
                 [`~CocaModel.encode_image`].
-            return_loss (`bool`, *optional*): compute the contrastive loss; image `i` then belongs to text `i`.
+            return_loss (`bool`, *optional*):
+                Compute the contrastive loss; image `i` then belongs to text `i`. In training by several processes the loss
+                is that of all their pairs.
 
         Returns:
             [`CocaOutput`], of one modality alone [`CocaTowerOutput`].
@@ -978,7 +1000,7 @@ class CocaModel(CocaPreTrainedModel):
         }
         if has_text and has_image:
             logits_per_image = self.similarity(image_embeds, text_embeds)
-            loss = contrastive_loss(logits_per_image, self.config.contrastive_loss) if return_loss else None
+            loss = self.contrastive_loss(image_embeds, text_embeds, self._loss_group()) if return_loss else None
             return CocaOutput(
                 loss=loss, logits_per_image=logits_per_image, logits_per_text=logits_per_image.t(), **outputs
             )
@@ -1369,6 +1391,7 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
         logits_to_keep: int | torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         past_key_values: Cache | None = None,
+        contrastive_chunk_size: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CocaConditionalOutput:
         """
@@ -1381,7 +1404,7 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
             cache (`Cache`, *optional*): what `generate` has computed before.
             labels (`(B, T)`, *optional*):
                 Token ids, -100 where there is no captioning loss (padding, a question). Shifted inside. With labels, each loss
-                that has a weight is computed.
+                that has a weight is computed; in training by several processes as the loss of their joined batch.
             contrastive_mask (`(B,)` of bool, *optional*):
                 Which rows are pairs for the contrastive loss, by default all. Questions with answers, which describe no whole
                 image, can so be mixed with captions.
@@ -1389,6 +1412,10 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
                 Logits of the last positions only, 0 for all, or of the positions given. By default all without labels,
                 and none with labels, as the loss does without them.
             past_key_values (`Cache`, *optional*): what transformers before 5.24 calls `cache`.
+            contrastive_chunk_size (`int`, *optional*):
+                With labels: run the network on so many rows at a time, in the memory that these take, with the losses
+                and gradients of the whole batch (GradCache, arXiv 2101.06983). The forward pass runs twice for it, and
+                the output has the losses and embeddings alone.
 
         Returns:
             [`CocaConditionalOutput`]
@@ -1409,6 +1436,27 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
                 "The contrastive loss needs `pixel_values` or `image_hidden_states`: give them, or set "
                 "`config.contrastive_loss_weight = 0`."
             )
+        if labels is not None:
+            if attention_mask is None and input_ids is not None:
+                attention_mask = real_tokens(input_ids, config.text_config.pad_token_id)
+            if attention_mask is not None and attention_mask.ndim == 2:
+                labels = _ignore_first_after_padding(labels, attention_mask)
+        if contrastive_chunk_size is not None and labels is not None:
+            return self._forward_in_chunks(
+                contrastive_chunk_size,
+                labels=labels,
+                contrastive_mask=contrastive_mask,
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                pixel_values=pixel_values,
+                image_hidden_states=image_hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+                **kwargs,
+            )
+        in_chunk = kwargs.pop("in_chunk", False)
         if use_cache is None:
             use_cache = config.text_config.use_cache and labels is None and not self.training
         use_cache = use_cache and not contrast  # [CLS] would stay in the cache
@@ -1434,11 +1482,6 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
                 one_text_each=labels is not None,
             )
 
-        if labels is not None:
-            if attention_mask is None and input_ids is not None:
-                attention_mask = real_tokens(input_ids, config.text_config.pad_token_id)
-            if attention_mask is not None and attention_mask.ndim == 2:
-                labels = _ignore_first_after_padding(labels, attention_mask)
         unimodal_states, multimodal_states = self._split_hidden_states_selection(
             kwargs.pop("output_hidden_states", None)
         )
@@ -1455,14 +1498,10 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
             **kwargs,
         )
 
-        loss = loss_contrastive = loss_caption = logits = image_embeds = text_embeds = decoder_outputs = None
+        caption_total = logits = image_embeds = text_embeds = decoder_outputs = None
         if contrast:
             image_embeds = F.normalize(embedding, dim=-1)
             text_embeds = F.normalize(self.model.text_projection(text_outputs.pooler_output), dim=-1)
-            pairs = slice(None) if contrastive_mask is None else contrastive_mask.bool()
-            similarity = self.model.similarity(image_embeds[pairs], text_embeds[pairs])
-            loss_contrastive = contrastive_loss(similarity, config.contrastive_loss)
-            loss = config.contrastive_loss_weight * loss_contrastive
         if caption:
             decoder_outputs = self.text_decoder(
                 text_outputs.last_hidden_state,
@@ -1475,32 +1514,93 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
             )
             hidden_states = decoder_outputs.last_hidden_state
             if labels is not None:
-                loss_caption = caption_loss(
-                    hidden_states,
-                    self.lm_head,
-                    labels,
-                    shift_labels=kwargs.get("shift_labels"),
-                    num_items_in_batch=kwargs.get("num_items_in_batch"),
-                )
-                weighted = config.caption_loss_weight * loss_caption
-                loss = weighted if loss is None else loss + weighted
+                shift_labels = kwargs.get("shift_labels")
+                caption_total = caption_loss(hidden_states, self.lm_head, labels, shift_labels, num_items_in_batch=1)
             if labels is None or logits_to_keep is not None:
                 keep = (
                     logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-(logits_to_keep or 0), None)
                 )
                 logits = self.lm_head(hidden_states[:, keep])
 
+        if labels is None or in_chunk:
+            losses = {"caption_loss": caption_total}
+        else:
+            losses = self._losses(image_embeds, text_embeds, caption_total, labels, contrastive_mask, **kwargs)
         return CocaConditionalOutput(
-            loss=loss,
+            **losses,
             logits=logits,
-            contrastive_loss=loss_contrastive,
-            caption_loss=loss_caption,
             **{CACHE_NAME: cache if use_cache else None},
             text_embeds=text_embeds,
             image_embeds=image_embeds,
             encoder_hidden_states=encoder_hidden_states,
             **self._join_captured(text_outputs, decoder_outputs, input_ids if inputs_embeds is None else inputs_embeds),
         )
+
+    def _losses(
+        self,
+        image_embeds: torch.Tensor | None,
+        text_embeds: torch.Tensor | None,
+        caption_total: torch.Tensor | None,
+        labels: torch.Tensor,
+        contrastive_mask: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> dict[str, torch.Tensor | None]:
+        """Both losses and their weighted sum, from the embeddings and the captioning loss summed over tokens."""
+        config, group = self.config, self._loss_group()
+        contrastive = caption = None
+        weighted = []
+        if image_embeds is not None:
+            pairs = slice(None) if contrastive_mask is None else contrastive_mask.bool()
+            contrastive = self.model.contrastive_loss(image_embeds[pairs], text_embeds[pairs], group)
+            weighted.append(config.contrastive_loss_weight * contrastive)
+        if caption_total is not None:
+            if num_items_in_batch is None:
+                shift_labels = shift(labels) if shift_labels is None else shift_labels
+                num_items_in_batch = mean_count((shift_labels != IGNORE_INDEX).sum(), group)
+            caption = caption_total / num_items_in_batch
+            weighted.append(config.caption_loss_weight * caption)
+        return {"loss": sum(weighted), "contrastive_loss": contrastive, "caption_loss": caption}
+
+    def _forward_in_chunks(
+        self, chunk_size: int, labels: torch.Tensor, contrastive_mask: torch.Tensor | None, **inputs
+    ) -> CocaConditionalOutput:
+        """
+        The losses of a batch, one chunk of it in memory at a time. Activations of a chunk are dropped and computed again,
+        under the same random state, when the backward pass comes to it: its embeddings then have the gradients of the
+        contrastive loss of all chunks. Batch norms in training see chunks.
+        """
+        if chunk_size < 1:
+            raise ValueError(f"`contrastive_chunk_size` must be at least 1, got {chunk_size}.")
+        batch_size, group = labels.shape[0], self._loss_group()
+        num_chunks = torch.tensor(-(-batch_size // chunk_size), device=labels.device)
+        if (
+            group is not None
+        ):  # FSDP gathers weights layer by layer, so all processes have to run the layers equally often
+            dist.all_reduce(num_chunks, dist.ReduceOp.MAX, group=group)
+        num_chunks = int(num_chunks)
+
+        def chunk_of(value: Any, i: int) -> Any:
+            is_batch = isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == batch_size
+            return value.tensor_split(num_chunks)[i] if is_batch else value
+
+        def run(i: int) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+            chunk = {name: chunk_of(value, i) for name, value in {**inputs, "labels": labels}.items()}
+            outputs = CocaForConditionalGeneration.forward(self, **chunk, in_chunk=True, return_dict=True)
+            return outputs.image_embeds, outputs.text_embeds, outputs.caption_loss
+
+        if num_chunks == 1:
+            parts = [run(0)]
+        else:
+            parts = [checkpoint(run, i, use_reentrant=False) for i in range(num_chunks)]
+        image_embeds, text_embeds, caption_totals = (
+            None if part[0] is None else part for part in zip(*parts, strict=True)
+        )
+        image_embeds, text_embeds = (None if part is None else torch.cat(part) for part in (image_embeds, text_embeds))
+        caption_total = None if caption_totals is None else sum(caption_totals)
+        losses = self._losses(image_embeds, text_embeds, caption_total, labels, contrastive_mask, **inputs)
+        return CocaConditionalOutput(**losses, image_embeds=image_embeds, text_embeds=text_embeds)
 
     @torch.no_grad()
     def get_null_image_tokens(

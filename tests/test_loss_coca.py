@@ -1,5 +1,8 @@
 """`loss_coca`: the captioning loss in chunks and both contrastive losses, against the plain formulas."""
 
+import tempfile
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -281,6 +284,20 @@ def test_other_output_layers(caption, make_head):
     )
 
 
+def test_other_output_layers_are_chunked(monkeypatch):
+    """Their logits, too, are there for a chunk of tokens only, in both passes."""
+    torch.manual_seed(0)
+    lm_head = nn.Linear(WIDTH, VOCABULARY)
+    hidden, labels = torch.randn(2, 9, WIDTH, requires_grad=True), torch.randint(0, VOCABULARY, (2, 9))
+    expected = torch.autograd.grad(plain_caption(hidden, lm_head, labels), (hidden, *lm_head.parameters()))
+    monkeypatch.setattr(loss_coca, "CHUNK_SIZE", 5)
+    shapes = recorded_linear_shapes(monkeypatch)
+    loss = caption_loss(hidden, lm_head, labels)
+    grads = torch.autograd.grad(loss, (hidden, *lm_head.parameters()))
+    assert set(shapes) == {(5, WIDTH), (1, WIDTH)}
+    torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_wrapped_linear_equals_the_plain_one(caption):
     hidden, lm_head, labels = caption
     torch.testing.assert_close(
@@ -303,59 +320,160 @@ def test_more_tokens_than_a_chunk():
 
 # --------------------------------------------------------------------------------------------------- contrastive_loss
 
+KINDS = ("softmax", "sigmoid")
 
-def test_softmax_is_the_mean_over_both_directions():
+
+def pairs(count, dtype=torch.float32):
+    """Normalised embeddings of images and texts, the scale's logarithm and a bias, all with gradients."""
     torch.manual_seed(0)
-    logits = torch.randn(5, 5, requires_grad=True)
-    by_image = -logits.diag().sub(logits.exp().sum(dim=1).log()).mean()
-    by_text = -logits.diag().sub(logits.exp().sum(dim=0).log()).mean()
-    expected = (by_image + by_text) / 2
-    loss = contrastive_loss(logits)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
-    assert contrastive_loss(logits, "softmax") == loss
-    torch.testing.assert_close(contrastive_loss(logits.t()), loss)
+    image_embeds, text_embeds = (F.normalize(torch.randn(count, 6, dtype=dtype), dim=-1) for _ in range(2))
+    parameters = torch.tensor([1.5], dtype=dtype), torch.tensor([-2.0], dtype=dtype)
+    return [x.requires_grad_() for x in (image_embeds, text_embeds, *parameters)]
 
 
-def test_sigmoid_sums_the_texts_of_an_image():
-    torch.manual_seed(0)
-    logits = torch.randn(4, 4, requires_grad=True)
-    terms = [-torch.log(torch.sigmoid(logits[i, j] if i == j else -logits[i, j])) for i in range(4) for j in range(4)]
-    expected = torch.stack(terms).sum() / 4
-    loss = contrastive_loss(logits, "sigmoid")
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
+def plain_contrastive_loss(image_embeds, text_embeds, logit_scale, logit_bias=None, kind="softmax"):
+    logits = logit_scale.exp() * image_embeds @ text_embeds.t()
+    if logit_bias is not None:
+        logits = logits + logit_bias
+    if kind == "sigmoid":
+        count = len(logits)
+        terms = [F.logsigmoid(logits[i, j] if i == j else -logits[i, j]) for i in range(count) for j in range(count)]
+        return -torch.stack(terms).sum() / count
+    by_image = logits.exp().sum(dim=1).log() - logits.diag()
+    by_text = logits.exp().sum(dim=0).log() - logits.diag()
+    return (by_image.mean() + by_text.mean()) / 2
 
 
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_half_precision_logits_are_upcast(kind):
-    torch.manual_seed(0)
-    logits = torch.randn(4, 4).bfloat16()
-    loss = contrastive_loss(logits, kind)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+def test_contrastive_loss_equals_the_plain_formula(kind, chunk_size, with_bias):
+    inputs = pairs(7, torch.float64)[: 4 if with_bias else 3]
+    loss = contrastive_loss(*inputs, kind=kind, chunk_size=chunk_size)
+    expected = plain_contrastive_loss(*inputs, kind=kind)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(0.3 * loss, inputs), torch.autograd.grad(0.3 * expected, inputs), rtol=1e-10, atol=1e-12
+    )
+
+
+def test_images_and_texts_may_be_swapped():
+    image_embeds, text_embeds, logit_scale, _ = pairs(5)
+    loss = contrastive_loss(image_embeds, text_embeds, logit_scale)
+    torch.testing.assert_close(contrastive_loss(text_embeds, image_embeds, logit_scale), loss)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_half_precision_embeddings_are_in_fp32(kind):
+    """bf16 logits near 100 are 0.5 apart; fp32 ones of the same embeddings lose nothing, with and without autocast."""
+    image_embeds, text_embeds, _, logit_bias = [x.detach().bfloat16() for x in pairs(5)]
+    logit_scale = torch.tensor(100.0).log()
+    loss = contrastive_loss(image_embeds, text_embeds, logit_scale, logit_bias, kind)
+    exact = [x.double() for x in (image_embeds, text_embeds, logit_scale, logit_bias)]
     assert loss.dtype == torch.float32
-    assert loss == contrastive_loss(logits.float(), kind)
+    torch.testing.assert_close(loss.double(), contrastive_loss(*exact, kind), rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(contrastive_loss(image_embeds, text_embeds, logit_scale, logit_bias, kind), loss)
 
 
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_pair(kind):
-    logits = torch.tensor([[2.0]])
+    embeds = torch.ones(1, 1)
     expected = 0.0 if kind == "softmax" else -F.logsigmoid(torch.tensor(2.0)).item()
-    assert contrastive_loss(logits, kind).item() == pytest.approx(expected)
+    assert contrastive_loss(embeds, embeds, torch.tensor(2.0).log(), kind=kind).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_pairs(kind):
     embeds = torch.ones(3, 2, requires_grad=True)
     none = embeds[torch.zeros(3, dtype=torch.bool)]
-    loss = contrastive_loss(none @ none.t(), kind)
+    loss = contrastive_loss(none, none, torch.zeros(1), kind=kind)
     assert loss.item() == 0
     assert torch.equal(torch.autograd.grad(loss, embeds)[0], torch.zeros(3, 2))
 
 
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_one_text_for_each_image(kind):
+def test_one_text_for_each_image():
     with pytest.raises(ValueError, match="got 2 images and 3 texts"):
-        contrastive_loss(torch.zeros(2, 3), kind)
+        contrastive_loss(torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_all_pairs_are_never_in_memory(kind):
+    """Neither in the forward nor in the backward pass: the largest tensor is a chunk of logits."""
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (output if isinstance(output, tuple) else (output,)) if hasattr(x, "numel"))
+            return output
+
+    inputs = pairs(64)
+    with Sizes():
+        contrastive_loss(*inputs, kind=kind, chunk_size=8).backward()
+    assert max(sizes) == 8 * 64
+
+
+def run_processes(function, processes, *args):
+    """Runs `function(rank, processes, *args)` in gloo processes. Any warning of torch that an API is deprecated fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_start, (function, processes, folder, *args), nprocs=processes)
+
+
+def _start(rank, function, processes, folder, *args):
+    torch.set_num_threads(1)
+    warnings.filterwarnings("error", category=FutureWarning)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+    try:
+        function(rank, processes, *args)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def assert_equals_one_process(rank, processes):
+    """Mean over processes of value and gradients = the plain loss of all pairs, however they are spread."""
+    group = torch.distributed.group.WORLD
+    spreads = [[4] * processes, [3 * r + 1 for r in range(processes)], [0] * (processes - 1) + [5], [0] * processes]
+    for counts in spreads:
+        for kind in KINDS:
+            first, count = sum(counts[:rank]), counts[rank]
+            whole, parts = pairs(sum(counts), torch.float64), pairs(sum(counts), torch.float64)
+            image_embeds, text_embeds, *parameters = parts
+            mine = slice(first, first + count)
+            loss = contrastive_loss(image_embeds[mine], text_embeds[mine], *parameters, kind, group, chunk_size=3)
+            loss.backward()
+            total = loss.detach().clone()
+            torch.distributed.all_reduce(total)
+            for part in parts:
+                torch.distributed.all_reduce(part.grad)
+            if not sum(counts):
+                assert total == 0 and all((part.grad == 0).all() for part in parts)
+                continue
+            expected = plain_contrastive_loss(*whole, kind=kind)
+            expected.backward()
+            torch.testing.assert_close(total / processes, expected.detach(), rtol=1e-12, atol=1e-12)
+            for part, one in zip(parts, whole, strict=True):
+                torch.testing.assert_close(part.grad / processes, one.grad, rtol=1e-10, atol=1e-12)
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(processes, 4, WIDTH), torch.randn(VOCABULARY, WIDTH)
+    labels = torch.randint(0, VOCABULARY, (processes, 4))
+    labels[0, 1:] = -100  # processes with different numbers of labels, one with none
+    lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+    lm_head.weight = nn.Parameter(weight)
+    loss = caption_loss(hidden[rank, None], lm_head, labels[rank, None], group=group)
+    (grad,) = torch.autograd.grad(loss, lm_head.weight)
+    expected = plain_caption(hidden, lm_head, labels)
+    (expected_grad,) = torch.autograd.grad(expected, lm_head.weight)
+    loss = loss.detach()
+    for mine, one in ((loss, expected), (grad, expected_grad)):
+        torch.distributed.all_reduce(mine)
+        torch.testing.assert_close(mine / processes, one.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_are_one(processes):
+    run_processes(assert_equals_one_process, processes)
 
 
 def test_ignored_label_is_the_one_of_transformers():

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import math
 import re
 import time
@@ -12,9 +13,12 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import find_batch_size
+from transformers.utils import logging
 
 from ..evaluation.evaluator import CocaEvaluator
 from .data_collator import CocaDataCollator
+
+logger = logging.get_logger(__name__)
 
 # What weight decay should not pull to 0: positions, class tokens and learned queries, here and in other encoders
 _NO_DECAY = re.compile(
@@ -70,10 +74,18 @@ class CocaTrainer(Trainer):
 
     A plain `Trainer` trains the same model to the same weights, but for the clamp and the decay groups.
 
+    Under DDP, FSDP2 and ZeRO both losses, in training, are those of the joined batch of all processes: each image meets
+    the texts of all of them. In evaluation they are means over batches of `per_device_eval_batch_size`.
+
     Args:
         model, args, data_collator, **kwargs:
             Of `Trainer`. Without a `data_collator`, a processor given as `processing_class` makes a
             [`CocaDataCollator`].
+        contrastive_chunk_size (`int`, *optional*):
+            Train on large batches in little memory: `per_device_train_batch_size` rows make one contrastive batch, and
+            the network runs on so many of them at a time (GradCache, arXiv 2101.06983). Losses and gradients, those of
+            the captioning loss too, are the whole batch's; a step runs the forward pass twice. Unlike it, gradient
+            accumulation gives no image more texts to tell apart.
 
     Example:
 
@@ -93,7 +105,7 @@ class CocaTrainer(Trainer):
     ```
     """
 
-    def __init__(self, model=None, args=None, data_collator=None, **kwargs):
+    def __init__(self, model=None, args=None, data_collator=None, *, contrastive_chunk_size=None, **kwargs):
         if data_collator is None and hasattr(kwargs.get("processing_class"), "image_processor"):
             data_collator = CocaDataCollator(kwargs["processing_class"])
         super().__init__(model, args, data_collator, **kwargs)
@@ -102,6 +114,16 @@ class CocaTrainer(Trainer):
                 "`label_smoothing_factor` makes `Trainer` compute the loss from the logits alone, without the "
                 "contrastive half: leave it at 0."
             )
+        if contrastive_chunk_size is not None:
+            if contrastive_chunk_size < 1:
+                raise ValueError(f"`contrastive_chunk_size` must be at least 1, got {contrastive_chunk_size}.")
+            forwards = (module.forward for module in self.model.modules())
+            if not any("contrastive_chunk_size" in inspect.signature(forward).parameters for forward in forwards):
+                raise ValueError(
+                    "`contrastive_chunk_size` needs a `CocaForConditionalGeneration`. For the contrastive loss alone, set "
+                    "its `config.caption_loss_weight = 0`."
+                )
+        self.contrastive_chunk_size = contrastive_chunk_size
         if isinstance(self.data_collator, CocaDataCollator):
             self.args.remove_unused_columns = False
             self.add_callback(_SetEpochCallback(self.data_collator))
@@ -110,6 +132,11 @@ class CocaTrainer(Trainer):
         self._clock = _Clock()
 
     def train(self, *args, **kwargs):
+        if self.args.world_size > 1 and not self.args.dataloader_drop_last:
+            logger.warning(
+                "The last batch of an epoch is filled up with rows of the first, so that all processes have equally many: "
+                "a row may then meet its own copy in the contrastive loss. `dataloader_drop_last=True` leaves it out."
+            )
         self._train_losses, self._clock = _LossMeans(), _Clock()
         return super().train(*args, **kwargs)
 
@@ -125,6 +152,8 @@ class CocaTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------- logging
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if model.training and self.contrastive_chunk_size is not None:
+            inputs = {**inputs, "contrastive_chunk_size": self.contrastive_chunk_size}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         losses = _losses_of(outputs)
         if model.training:

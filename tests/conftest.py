@@ -5,13 +5,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 
 import torch
 
-from modeling_coca import CocaConfig
+from modeling_coca import CocaConfig, CocaForConditionalGeneration, CocaImageProcessorPil, CocaProcessor, CocaTokenizer
 
 torch.set_num_threads(1)  # with tiny tensors, several threads only wait for each other
 
@@ -35,3 +37,31 @@ def tiny_config() -> Callable[..., CocaConfig]:
         return CocaConfig(**{**fields, **parts, **changes})
 
     return build
+
+
+@pytest.fixture(scope="session")
+def model_folder(tiny_config, tmp_path_factory) -> Path:
+    """A tiny model that writes, with random weights, and its processor, as saved."""
+    texts = ["a photo of a red square", "a drawing of a green circle", "what is it?", "yellow blue white"]
+    tokenizer = CocaTokenizer(model_max_length=16).train_new_from_iterator(texts, vocab_size=450)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = tiny_config(text_config={"vocab_size": len(tokenizer), "max_position_embeddings": 17, **ids})
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    model = CocaForConditionalGeneration(config)
+    model.lm_head.weight.data[ids["eos_token_id"]] *= 3  # captions of unequal length
+    model.save_pretrained(folder)
+    CocaProcessor(CocaImageProcessorPil(size=config.vision_config.image_size), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Twelve different pictures of several sizes and formats, two of them in a folder below."""
+    folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    (folder / "more").mkdir()
+    for number in range(12):
+        pixels = random.integers(0, 256, (20 + 3 * number, 50 - 2 * number, 3), dtype=np.uint8)
+        suffix = ("png", "jpg", "webp")[number % 3]
+        Image.fromarray(pixels).save(folder / ("more" if number > 9 else "") / f"{number:02d}.{suffix}")
+    return folder

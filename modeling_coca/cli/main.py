@@ -4,12 +4,17 @@ import sys
 
 import typer
 
+from .caption import caption
+
 app = typer.Typer(
     name="coca",
     help="Contrastive Captioners: caption, search and classify images, answer questions, convert checkpoints.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    # --num_beams as in transformers' scripts, and --num-beams as elsewhere
+    context_settings={"token_normalize_func": lambda name: name.replace("-", "_")},
 )
 
 
@@ -18,9 +23,14 @@ def options() -> None:
     """Keeps `coca VERB` the form of the command, however many verbs there are."""
 
 
+app.command()(caption)
+
+
 def main() -> None:
     """Entry point of the console script. Errors that a user can act on are told in one line, with exit code 1."""
     try:
-        app()
+        app(prog_name="coca")
+    except ModuleNotFoundError as error:
+        sys.exit(f"coca: {error}: run `pip install {error.name}`." if error.name else f"coca: {error}")
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"coca: {error}")

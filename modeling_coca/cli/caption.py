@@ -1,0 +1,204 @@
+"""`coca caption`: what is in these images?"""
+
+from typing import Annotated
+
+import typer
+
+from .options import (
+    OUTPUT,
+    WRITING,
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    IdColumn,
+    ImageColumn,
+    Images,
+    Model,
+    NumWorkers,
+    Split,
+)
+
+
+def caption(
+    images: Images,
+    model: Model,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Where captions go: a .jsonl or .parquet file, or a folder for several files. "
+            "Without it they are printed.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    output_format: Annotated[
+        str,
+        typer.Option("--format", help="Of the files in a folder: jsonl or parquet.", rich_help_panel=OUTPUT),
+    ] = "jsonl",
+    embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--embeddings",
+            help="Store the image's embedding too, which costs nothing more. `coca index` reads it.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Copy this column, or this file of a tar sample (txt, json). Can be given several times.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(
+            "--shard_size",
+            min=1,
+            help="Images for each file of an output folder, and that a process takes at a time; by default 1024, or "
+            "fewer where some processes would have nothing to do.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Throw away an output that is there.", rich_help_panel=OUTPUT)
+    ] = False,
+    as_json: AsJson = False,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="How every caption begins, such as 'a photo of'.", rich_help_panel=WRITING),
+    ] = None,
+    num_beams: Annotated[
+        int,
+        typer.Option(
+            "--num_beams", min=1, help="Beam search: captions that are tried side by side.", rich_help_panel=WRITING
+        ),
+    ] = 1,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max_new_tokens",
+            min=1,
+            help="Longest caption, in tokens; by default what the model can do.",
+            rich_help_panel=WRITING,
+        ),
+    ] = None,
+    best_of: Annotated[
+        int,
+        typer.Option(
+            "--best_of",
+            min=1,
+            help="Write this many captions per image, and keep the one that fits the image best by the contrastive "
+            "score. They are sampled, unless --num_beams is at least as many.",
+            rich_help_panel=WRITING,
+        ),
+    ] = 1,
+    num_captions: Annotated[
+        int,
+        typer.Option("--num_captions", min=1, help="Keep this many of them, different ones.", rich_help_panel=WRITING),
+    ] = 1,
+    do_sample: Annotated[
+        bool,
+        typer.Option("--do_sample", help="Draw captions at random, likely ones more often.", rich_help_panel=WRITING),
+    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of sampling: below 1 plays safe.", rich_help_panel=WRITING)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            "--top_p",
+            help="Of sampling: only the likeliest tokens that make up this share.",
+            rich_help_panel=WRITING,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top_k", help="Of sampling: only this many of the likeliest tokens.", rich_help_panel=WRITING),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option("--repetition_penalty", help="Above 1 keeps words from being repeated.", rich_help_panel=WRITING),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling.", rich_help_panel=WRITING)] = 0,
+    split: Split = None,
+    image_column: ImageColumn = None,
+    id_column: IdColumn = None,
+    batch_size: BatchSize = 32,
+    num_workers: NumWorkers = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """
+    Write a caption for every image.
+
+    Each image gets its caption, the caption's log-probability, and the contrastive score, from -1 to 1, that says how
+    well the two fit. With --output the work can be interrupted at any time: the same command goes on where it was, and
+    a finished output has every image once. `accelerate launch -m modeling_coca.cli caption ...` shares it out.
+
+    - `coca caption cat.jpg --model outputs/quickstart`
+    - `coca caption photos/ --model outputs/quickstart --output captions.jsonl --num_beams 3`
+    - `coca caption 'shards/{000..099}.tar' -m my/model -o captions/ --format parquet --embeddings`
+    """
+    from modeling_coca.inference import caption_images
+    from modeling_coca.inference.journal import to_json
+
+    done = caption_images(
+        images,
+        output,
+        model=model,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=device,
+        dtype=dtype,
+        source_kwargs={
+            "shard_size": shard_size,
+            "split": split,
+            "image_column": image_column,
+            "id_column": id_column,
+            "keep": keep,
+        },
+        output_format=output_format,
+        overwrite=overwrite,
+        seed=seed,
+        prompt=prompt,
+        best_of=best_of,
+        num_captions=num_captions,
+        embeddings=embeddings,
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample or None,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+    )
+    if done is None:
+        return
+    if output is not None:
+        if as_json:
+            print(to_json(done))
+        else:
+            print(f"{done['images'] - len(done['failed'])} images captioned in {done['output']}")
+        failed = done["failed"]
+    else:
+        for row in done:
+            if as_json:
+                print(to_json(row))
+            elif "error" not in row:
+                captions = row.get("captions", [row])
+                print(*(f"{row['id']}\t{c['caption']}\t{c['score']:.3f}" for c in captions), sep="\n")
+        failed = [(row["id"], row["error"]) for row in done if "error" in row]
+    report_failures(failed, len(done) if output is None else done["images"])
+
+
+def report_failures(failed: list, total: int, shown: int = 20) -> None:
+    """Unreadable images on stderr, with reasons. If no image at all could be read, that is an error."""
+    for name, reason in failed[:shown]:
+        typer.echo(f"unreadable: {name}: {reason}", err=True)
+    if len(failed) > shown:
+        typer.echo(f"... and {len(failed) - shown} more", err=True)
+    if total and len(failed) == total:
+        raise ValueError(f"none of the {total} images could be read.")

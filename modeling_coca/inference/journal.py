@@ -1,0 +1,272 @@
+"""Output that survives a `kill -9`: every image has one row, whoever was killed whenever, and however many processes run.
+
+Beside the output lies a hidden folder until all is done. Each shard has a journal there, to which the rows of a batch
+are appended; a journal cut off within a line loses that line only. A shard that is complete becomes a part of the
+output: written under a temporary name, renamed, and noted as done. Whoever completes the last shard joins the parts.
+"""
+
+import base64
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMATS = {".jsonl": "jsonl", ".parquet": "parquet"}
+_PLACE, _EMBEDDING = "_position", "embedding"
+
+
+class Journal:
+    """
+    Rows of a job, by shard and place within the shard.
+
+    Args:
+        output (`str` or `Path`): a `.jsonl` or `.parquet` file, or a folder, which gets a file for each shard.
+        settings (`dict`): what the rows depend on. A job that is taken up again must have the same.
+        num_shards (`int`): shards of the whole job.
+        process, num_processes (`int`): this process' turn; it takes shards `process`, `process + num_processes`, ...
+        output_format (`str`): `"jsonl"` or `"parquet"`, of the files in a folder.
+        overwrite (`bool`): throw away what is there.
+    """
+
+    def __init__(
+        self,
+        output: str | os.PathLike,
+        settings: dict[str, Any],
+        num_shards: int,
+        process: int = 0,
+        num_processes: int = 1,
+        output_format: str = "jsonl",
+        overwrite: bool = False,
+    ):
+        self.output = Path(output)
+        self.is_folder = self.output.suffix not in FORMATS
+        self.format = output_format if self.is_folder else FORMATS[self.output.suffix]
+        if self.format not in FORMATS.values():
+            raise ValueError(f"`output_format` must be jsonl or parquet, not {self.format!r}.")
+        self.work = _work_folder(self.output)
+        self.parts = self.output if self.is_folder else self.work
+        self.num_shards = num_shards
+        self.mine = range(process, num_shards, num_processes)
+        self._files: dict[int, Any] = {}
+        self._missing: dict[int, int] = {}
+        if overwrite and num_processes > 1:
+            raise ValueError(f"Delete {self.output} first: several processes cannot `overwrite` it without each other.")
+        if overwrite:
+            self._clear()
+        if self.is_complete():
+            if process == 0:
+                raise FileExistsError(
+                    f"{self.output} is there, and complete. Choose another output, or `overwrite` it."
+                )
+            self.mine = range(0)  # the others were faster, and nothing was left to do here
+            return
+        self.work.mkdir(parents=True, exist_ok=True)
+        self._check_settings(json.loads(json.dumps({**settings, "shards": num_shards, "format": self.format})))
+
+    def is_complete(self) -> bool:
+        return (self.work / "complete").exists() if self.is_folder else self.output.exists()
+
+    def _clear(self) -> None:
+        if self.work.is_dir():
+            for path in self.parts.glob("part-*"):
+                path.unlink()
+            shutil.rmtree(self.work)
+        if not self.is_folder:
+            self.output.unlink(missing_ok=True)
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        path = self.work / "settings.json"
+        if not path.exists():
+            _write(path, json.dumps(settings, indent=2))
+        begun = json.loads(path.read_text())
+        for name in settings:
+            if begun.get(name) != settings[name]:
+                raise ValueError(
+                    f"{self.output} was begun with another `{name}` ({begun.get(name)!r}, now {settings[name]!r}). "
+                    "Go on with the old one, or `overwrite` to begin anew."
+                )
+
+    # ------------------------------------------------------------------------------------------------------ shards
+
+    def is_done(self, shard: int) -> bool:
+        return self._note(shard).exists()
+
+    def _note(self, shard: int) -> Path:
+        return self.work / f"done-{shard:06d}.json"
+
+    def _part(self, shard: int) -> Path:
+        return self.parts / f"part-{shard:06d}.{self.format}"
+
+    def begin(self, shard: int, size: int) -> set[int]:
+        """Opens the journal of a shard; the places within it that have their row already."""
+        path = self.work / f"shard-{shard:06d}.jsonl"
+        file = open(path, "a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"Another process is writing to {self.output}.") from None
+        file.seek(0)
+        places, end = set(), 0
+        for line in file:
+            try:
+                place = json.loads(line)[_PLACE]
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            places.add(place)
+            end += len(line)
+        file.truncate(end)
+        self._files[shard], self._missing[shard] = file, size - len(places)
+        if not self._missing[shard]:
+            self._finish(shard)
+        return places
+
+    def write(self, shard: int, rows: Sequence[tuple[int, dict[str, Any]]]) -> None:
+        """Appends rows, with their places; the embedding of a row is an array."""
+        lines = []
+        for place, row in rows:
+            if row.get(_EMBEDDING) is not None:
+                row = {**row, _EMBEDDING: base64.b64encode(row[_EMBEDDING].astype("<f4").tobytes()).decode()}
+            lines.append(json.dumps({_PLACE: place, **row}, ensure_ascii=False) + "\n")
+        self._files[shard].write("".join(lines).encode())
+        self._files[shard].flush()
+        self._missing[shard] -= len(rows)
+        if not self._missing[shard]:
+            self._finish(shard)
+
+    def _finish(self, shard: int) -> None:
+        """Journal -> part of the output. Repeated where it was cut off."""
+        file = self._files.pop(shard)
+        file.seek(0)
+        rows = sorted(map(json.loads, file), key=lambda row: row[_PLACE])
+        failed = [[row["id"], row["error"]] for row in rows if row.get("error")]
+        for row in rows:
+            del row[_PLACE]
+            if row.get(_EMBEDDING):
+                row[_EMBEDDING] = np.frombuffer(base64.b64decode(row[_EMBEDDING]), "<f4")
+        path = self._part(shard)
+        temporary = path.with_name(f".{path.name}.tmp")
+        if self.format == "parquet":
+            _write_parquet(temporary, rows)
+        else:
+            with open(temporary, "w", encoding="utf-8") as part:
+                for row in rows:
+                    part.write(to_json(row) + "\n")
+        _sync(temporary)
+        os.replace(temporary, path)
+        _write(self._note(shard), json.dumps({"images": len(rows), "failed": failed}))
+        os.unlink(file.name)
+        file.close()
+
+    # --------------------------------------------------------------------------------------------------------- end
+
+    def close(self) -> dict[str, Any] | None:
+        """Joins the parts if all are there. Returns the numbers of the whole job, or `None` while others still work."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        if not self.work.is_dir() or not all(map(self.is_done, range(self.num_shards))):
+            return None
+        with open(self.work / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it ends
+            if self.is_complete():
+                return None
+            notes = [json.loads(self._note(shard).read_text()) for shard in range(self.num_shards)]
+            failed = [failure for note in notes for failure in note["failed"]]
+            if self.is_folder:
+                _write(self.work / "complete", "")
+            else:
+                temporary = self.output.with_name(f".{self.output.name}.tmp")
+                _join([self._part(shard) for shard in range(self.num_shards)], temporary, self.format)
+                _sync(temporary)
+                os.replace(temporary, self.output)
+                shutil.rmtree(self.work)
+        return {"output": str(self.output), "images": sum(note["images"] for note in notes), "failed": failed}
+
+
+def _work_folder(output: Path) -> Path:
+    return output.with_name(f".{output.name}.coca") if output.suffix in FORMATS else output / ".coca"
+
+
+def begun_settings(output: str | os.PathLike) -> dict[str, Any]:
+    """The settings of a job that is not complete yet; empty if there is none."""
+    path = _work_folder(Path(output)) / "settings.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def to_json(row: dict[str, Any]) -> str:
+    """A row as a line of JSON. Embeddings are rounded to six decimals there."""
+    if row.get(_EMBEDDING) is not None:
+        row = {**row, _EMBEDDING: np.round(row[_EMBEDDING].astype(np.float64), 6).tolist()}
+    return json.dumps(row, ensure_ascii=False)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # Given, as a part may have no value in a column
+    caption = {"caption": pa.string(), "log_prob": pa.float32(), "num_tokens": pa.int32(), "score": pa.float32()}
+    types = {"id": pa.string(), **caption, "error": pa.string()}
+    types |= {"captions": pa.list_(pa.struct(caption)), _EMBEDDING: pa.list_(pa.float32())}
+    names = list(dict.fromkeys([*(name for row in rows for name in row), "error"]))
+    columns = {name: pa.array([row.get(name) for row in rows], type=types.get(name)) for name in names}
+    pq.write_table(pa.table(columns), path)
+
+
+def _join(parts: Sequence[Path], target: Path, output_format: str) -> None:
+    if output_format == "jsonl":
+        with open(target, "wb") as joined:
+            for part in parts:
+                with open(part, "rb") as file:
+                    shutil.copyfileobj(file, joined)
+        return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # Columns without a value in a part have no type there
+    schema = pa.unify_schemas([pq.read_schema(part) for part in parts], promote_options="permissive")
+    with pq.ParquetWriter(target, schema) as writer:
+        for part in parts:
+            writer.write_table(_conform(pq.read_table(part), schema))
+
+
+def _conform(table, schema):
+    import pyarrow as pa
+
+    columns = [
+        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def read_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """The rows of a finished output, in the order of the images."""
+    path = Path(path)
+    for part in sorted(path.glob("part-*")) if path.is_dir() else [path]:
+        if part.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            for batch in pq.ParquetFile(part).iter_batches(1024):
+                yield from batch.to_pylist()
+        else:
+            with open(part, encoding="utf-8") as file:
+                yield from map(json.loads, file)

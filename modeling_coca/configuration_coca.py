@@ -335,6 +335,10 @@ class CocaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        if type(self).__module__ == __name__ and not __name__.startswith("transformers_modules"):
+            # Where to find the code that a folder brings along: this package's stands in for it, and saves no copy of it
+            kwargs.pop("auto_map", None)
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
         if self.pooler_hidden_size is None:
             self.pooler_hidden_size = self.text_config.hidden_size

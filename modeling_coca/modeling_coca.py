@@ -1057,7 +1057,10 @@ def _given_vision_outputs(model: PreTrainedModel, image_hidden_states: torch.Ten
 
 def _timm_widths(architecture: str, model_args: tuple) -> tuple[int, list[int]]:
     """Channels of a timm model's last feature map and of its intermediate ones."""
-    import timm
+    try:  # outside of `try`, transformers takes an import for one that every user of the code on the Hub needs
+        import timm
+    except ImportError as error:
+        raise ImportError(f"The image encoder {architecture!r} is a model of timm: `pip install timm`.") from error
 
     with torch.device("meta"):
         model = timm.create_model(architecture, pretrained=False, num_classes=0, **dict(model_args))

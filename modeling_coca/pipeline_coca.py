@@ -1,8 +1,10 @@
 """Pipelines for two tasks that transformers has none for: `image-captioning` and `coca-vqa`.
 
-They are registered by `import modeling_coca`.
+They are registered by `import modeling_coca`. A folder or Hub repository written by `modeling_coca.hub` brings them along
+for those who do not have the package: `pipeline("image-captioning", model=..., trust_remote_code=True)`.
 """
 
+import importlib
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 
@@ -29,19 +32,31 @@ class _CocaPipeline(Pipeline):
     _pipeline_calls_generate = True
     _default_generation_config = GenerationConfig()
 
-    model_names: tuple[str, ...]
+    auto_classes: dict[str, str]  # name of a model class that can do the task -> Auto class that opens it
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if type(self.model).__name__ not in self.model_names:
+        if type(self.model).__name__ not in self.auto_classes:
             raise ValueError(
-                f"The pipeline {self.task!r} needs a {' or a '.join(self.model_names)}, got a "
+                f"The pipeline {self.task!r} needs a {' or a '.join(self.auto_classes)}, got a "
                 f"{type(self.model).__name__}."
             )
 
     def _inputs(self, image: Any, text: str, timeout: float | None):
         images = [load_image(image, timeout=timeout)]
         return self.processor(images=images, text=[text], return_tensors="pt").to(dtype=self.dtype)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves model and processor with the code of both and of the pipeline, see `modeling_coca.hub`."""
+        if not __package__.startswith("transformers_modules"):
+            importlib.import_module(".hub", __package__).export_to_folder(
+                self.model, self.processor, save_directory, **kwargs
+            )
+            return
+        # This code has come with a checkpoint. Model and processor copy theirs themselves
+        self.processor.save_pretrained(save_directory)
+        custom_object_save(self, save_directory)
+        self.model.save_pretrained(save_directory, **kwargs)
 
 
 class CocaImageCaptioningPipeline(_CocaPipeline):
@@ -62,7 +77,7 @@ class CocaImageCaptioningPipeline(_CocaPipeline):
     ```
     """
 
-    model_names = ("CocaForConditionalGeneration",)
+    auto_classes = {"CocaForConditionalGeneration": "AutoModelForImageTextToText"}
 
     def __call__(self, images, **kwargs):
         """
@@ -125,7 +140,10 @@ class CocaVisualQuestionAnsweringPipeline(_CocaPipeline):
     ```
     """
 
-    model_names = ("CocaForConditionalGeneration", ANSWER_HEAD)
+    auto_classes = {
+        "CocaForConditionalGeneration": "AutoModelForImageTextToText",
+        ANSWER_HEAD: "AutoModelForVisualQuestionAnswering",
+    }
     _non_generation_params = ("top_k",)
 
     def __call__(self, image, question=None, **kwargs):

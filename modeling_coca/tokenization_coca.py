@@ -149,7 +149,8 @@ class CocaTokenizer(CLIPTokenizer):
         **kwargs,
     ):
         # Settings of the last call before saving: every call sets its own, and some of these would become defaults.
-        for name in ("tokenizer_padding", "tokenizer_truncation", "_json_padding", "_json_truncation"):
+        # And where code lies beside the files (`auto_map`): what copies the code enters that anew.
+        for name in ("tokenizer_padding", "tokenizer_truncation", "_json_padding", "_json_truncation", "auto_map"):
             kwargs.pop(name, None)
         if isinstance(vocab, (str, os.PathLike)):
             with open(vocab, encoding="utf-8") as file:

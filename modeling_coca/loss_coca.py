@@ -126,8 +126,9 @@ def caption_loss(
         shift_labels = shift(labels)
     labelled = shift_labels != IGNORE_INDEX
     hidden, targets = hidden_states[labelled], shift_labels[labelled].to(hidden_states.device)
-    # A weight that is sharded or adapted is whole only in the layer's own forward
-    if type(lm_head) is torch.nn.Linear and lm_head.bias is None and type(lm_head.weight) is torch.nn.Parameter:
+    # A weight that is sharded, adapted or offloaded is whole only in the layer's own forward
+    is_plain = type(lm_head) is torch.nn.Linear and type(lm_head.weight) is torch.nn.Parameter
+    if is_plain and lm_head.bias is None and not lm_head.weight.is_meta:
         total = linear_cross_entropy(hidden, lm_head.weight, targets)
     else:
         total = _cross_entropy_in_chunks(hidden, lm_head, targets)

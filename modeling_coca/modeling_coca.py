@@ -358,9 +358,12 @@ class CocaVisionEmbeddings(nn.Module):
         rows, columns = config.grid_size
         self.position_embedding = nn.Embedding(rows * columns + self.num_prefix_tokens, config.hidden_size)
 
-    def interpolate_position_embedding(self, height: int, width: int) -> torch.Tensor:
+    def interpolate_position_embedding(
+        self, height: int, width: int, device: torch.device | None = None
+    ) -> torch.Tensor:
         """Positions (N, D) for a grid of `height` x `width` patches, bicubic with antialiasing as open_clip resizes them."""
-        positions = self.position_embedding.weight
+        # By the layer's own forward: an offloaded weight is elsewhere before it
+        positions = self.position_embedding(torch.arange(self.position_embedding.num_embeddings, device=device))
         if (height, width) == self.config.grid_size:
             return positions
         prefix, patches = positions[: self.num_prefix_tokens], positions[self.num_prefix_tokens :]
@@ -392,7 +395,7 @@ class CocaVisionEmbeddings(nn.Module):
         if config.use_class_token:
             class_token = self.class_embedding.expand(embeddings.shape[0], 1, -1)
             embeddings = torch.cat([class_token, embeddings], dim=1)
-        embeddings = embeddings + self.interpolate_position_embedding(*grid)
+        embeddings = embeddings + self.interpolate_position_embedding(*grid, embeddings.device)
         if self.training and config.patch_dropout > 0:
             embeddings = self._drop_patches(embeddings)
         return embeddings

@@ -905,7 +905,7 @@ def test_other_image_sizes_interpolate_the_positions(pooler_type):
         other.embeddings.position_embedding = nn.Embedding.from_pretrained(resized)
         torch.testing.assert_close(states, other(larger).last_hidden_state)
         # same size: nothing changes, not even rounding
-        assert vision.embeddings.interpolate_position_embedding(2, 3) is table
+        assert torch.equal(vision.embeddings.interpolate_position_embedding(2, 3), table)
         assert torch.equal(
             vision(images(2), interpolate_pos_encoding=True).last_hidden_state, vision(images(2)).last_hidden_state
         )

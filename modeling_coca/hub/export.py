@@ -146,7 +146,7 @@ def _is_ours(instance: Any) -> bool:
 def _update_json(file: Path, update: Callable[[dict], None]) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     update(content)
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _add_model_entries(model: PreTrainedModel, folder: Path) -> set[str]:

@@ -56,6 +56,9 @@ class LocalHub(ThreadingHTTPServer):
             self.refs.setdefault(repo, {})[branch] = oid
         return oid
 
+    def handle_error(self, request, client_address):
+        """Clients may be killed in these tests."""
+
     def __enter__(self):
         threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
@@ -252,6 +255,7 @@ def start_python(tmp_path) -> Callable[..., subprocess.Popen]:
             start = "import sys; sys.modules['modeling_coca'] = None"
         return subprocess.Popen(
             [sys.executable, "-I", "-c", f"{start}\n{code}", *map(str, args)],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

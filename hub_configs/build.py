@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import modeling_coca
+from modeling_coca.conversion.recipes import RECIPES, Recipe
 
 FOLDER = Path(__file__).parent
 
@@ -29,12 +30,14 @@ class HubModel:
         config: Arguments of `CocaConfig`.
         notes: What a user should know, one paragraph each: choices made here, differences from the original.
         published: Its parameters as the source gives them, for the card and the test.
+        recipe: Of released weights: licence, use, and how their makers generate.
     """
 
     origin: str
     config: dict
     notes: list[str] = field(default_factory=list)
     published: str | None = None
+    recipe: Recipe | None = None
 
 
 def vit(hidden_size: int, num_hidden_layers: int, num_attention_heads: int, **kwargs) -> dict:
@@ -95,22 +98,75 @@ def paper_model(name: str, published: str, vision_config: dict, text_config: dic
     )
 
 
-def open_clip_model(name: str, published: str, image_size: int, weights: bool, **config) -> HubModel:
-    config["text_config"] |= {"max_position_embeddings": 77, "shifted_cls_mask": True, **CLIP_IDS}
+RELEASED = {recipe.hub_config: recipe for recipe in RECIPES}
+
+
+def open_clip_model(
+    name: str,
+    published: str,
+    image_size: int,
+    released: str | None = None,
+    positions: int = 77,
+    note: str = "",
+    **config,
+) -> HubModel:
+    """Args: name: of the config in open_clip; released: of the weights' recipe; positions: text tokens and [CLS]."""
+    config["text_config"] |= {"max_position_embeddings": positions, "shifted_cls_mask": True, **CLIP_IDS}
     config["vision_config"] |= {"image_size": image_size}
-    released = (
-        "Convert its released weights with `modeling_coca.conversion.load_open_clip_folder`."
-        if weights
+    recipe = RELEASED.get(released)
+    weights = (
+        f"The config of {recipe.title}; `coca convert` brings the weights."
+        if recipe
         else "No weights of it were released."
     )
     return HubModel(
-        origin=f"`{name}` of [open_clip](https://github.com/mlfoundations/open_clip). {released}",
+        origin=f"`{name}` of [open_clip](https://github.com/mlfoundations/open_clip). {weights}",
         config=config,
         published=published,
+        recipe=recipe,
         notes=[
             "open_clip trained with a padding mask that is off by one (`shifted_cls_mask`). Keep it for open_clip's "
-            "weights, and set it to `false` to train from scratch."
+            "weights, and set it to `false` to train from scratch.",
+            *([note] if note else []),
         ],
+    )
+
+
+def coca_vit_b_32(released: str) -> HubModel:
+    return open_clip_model(
+        "coca_ViT-B-32",
+        "253.56M",
+        224,
+        released,
+        vision_config=vit(768, 12, 12, patch_size=32),
+        text_config=text(512, 12, 12, 8),
+        projection_dim=512,
+        pooler_type="shared",
+        num_query_tokens=255,
+    )
+
+
+def coca_vit_l_14(released: str, **kwargs) -> HubModel:
+    return open_clip_model(
+        "coca_ViT-L-14",
+        "638.45M" if "positions" not in kwargs else None,
+        224,
+        released,
+        **kwargs,
+        vision_config=vit(1024, 24, 16, patch_size=14),
+        text_config=text(768, 12, 12, 12),
+        projection_dim=768,
+        pooler_type="shared",
+        num_query_tokens=255,
+    )
+
+
+def apple_captioner(positions: int) -> HubModel:
+    return coca_vit_l_14(
+        f"mobileclip2-coca-context{positions}",
+        positions=positions,
+        note=f"That the number in the repositories' names, {positions}, counts [CLS] is read from Apple's README, which opens those "
+        "of 77 with open_clip's own `coca_ViT-L-14`. `coca convert` takes the length from the file.",
     )
 
 
@@ -124,33 +180,37 @@ MODELS = {
         text(1408, 18, 18, 16),
         published_gap=" to within 4 % (the text stacks, published as 1.1B, come out at 1.18B)",
     ),
-    "coca-vit-b-32": open_clip_model(
-        "coca_ViT-B-32",
-        "253.56M",
-        224,
-        weights=True,
-        vision_config=vit(768, 12, 12, patch_size=32),
-        text_config=text(512, 12, 12, 8),
-        projection_dim=512,
-        pooler_type="shared",
-        num_query_tokens=255,
-    ),
-    "coca-vit-l-14": open_clip_model(
-        "coca_ViT-L-14",
-        "638.45M",
-        224,
-        weights=True,
-        vision_config=vit(1024, 24, 16, patch_size=14),
-        text_config=text(768, 12, 12, 12),
-        projection_dim=768,
-        pooler_type="shared",
-        num_query_tokens=255,
+    "coca-vit-b-32": coca_vit_b_32("coca-vit-b-32"),
+    "coca-vit-b-32-mscoco": coca_vit_b_32("coca-vit-b-32-mscoco"),
+    "coca-vit-l-14": coca_vit_l_14("coca-vit-l-14"),
+    "coca-vit-l-14-mscoco": coca_vit_l_14("coca-vit-l-14-mscoco"),
+    **{f"mobileclip2-coca-context{positions}": apple_captioner(positions) for positions in (77, 128, 256)},
+    "conch-vit-b-16": HubModel(
+        origin="[CONCH](https://github.com/mahmoodlab/CONCH), a CoCa for pathology. Its decoder was not released: `coca convert` makes a "
+        "`CocaModel` of the weights, and `CocaForConditionalGeneration.from_pretrained` puts a new decoder on it to train.",
+        config={
+            "vision_config": {
+                **vit(768, 12, 12, image_size=448, patch_size=16),
+                "layer_norm_eps": 1e-6,
+                "patch_bias": True,
+                "use_pre_layernorm": False,
+                "use_post_layernorm": True,
+            },
+            "text_config": text(
+                768, 12, 12, 12, vocab_size=32007, max_position_embeddings=128, shifted_cls_mask=True, **LEARNED_IDS
+            ),
+            "projection_dim": 512,
+            "pooler_type": "parallel",
+            "num_query_tokens": 256,
+            "contrastive_pooler_hidden_size": 512,
+        },
+        recipe=RELEASED["conch-vit-b-16"],
+        notes=["The poolers are of different widths, 768 for the decoder and 512 for the embedding."],
     ),
     "open-clip-coca-base": open_clip_model(
         "coca_base",
         "440.3M",
         288,
-        weights=False,
         vision_config=vit(768, 12, 12, patch_size=18),
         text_config=text(768, 12, 12, 12, vocab_size=64000),
         projection_dim=512,
@@ -219,7 +279,7 @@ def render(name: str) -> dict[str, str]:
     ids = {key: getattr(config.text_config, key) for key in CLIP_IDS}
     files = {
         "config.json": {"architectures": ["CocaForConditionalGeneration"], "model_type": "coca", **model.config},
-        "generation_config.json": ids,
+        "generation_config.json": {**ids, **(model.recipe.generation if model.recipe else {})},
         "processor_config.json": {
             "image_processor": {
                 "crop_size": {"height": image_size, "width": image_size},

@@ -334,6 +334,18 @@ class CocaConfig(PreTrainedConfig):
     text_projection_bias: bool = False
     tie_word_embeddings: bool = False
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        # Without this, a folder of another library would become the default model with random weights
+        if "model_type" not in config_dict:
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no config.json with a `model_type`. If it is a checkpoint of open_clip, CONCH "
+                "or torchmultimodal, load the model with `CocaForConditionalGeneration.from_pretrained`, which takes it, or "
+                f"convert it once for all: `coca convert {pretrained_model_name_or_path} OUT`."
+            )
+        return config_dict, kwargs
+
     def __post_init__(self, **kwargs):
         if type(self).__module__ == __name__ and not __name__.startswith("transformers_modules"):
             # Where to find the code that a folder brings along: this package's stands in for it, and saves no copy of it

@@ -513,6 +513,31 @@ class CocaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """
+        As in transformers. With the package `modeling_coca` installed, checkpoints in the layout of open_clip, CONCH or
+        torchmultimodal (`"laion/CoCa-ViT-L-14-laion2B-s13B-b90k"`, a folder, a weight file) open as well: they are converted
+        in memory, each time. `save_pretrained` then writes this package's layout, as always.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except OSError as error:  # no config or no weights under transformers' names
+            if cls.config_class.model_type != "coca" or pretrained_model_name_or_path is None:
+                raise
+            try:
+                from modeling_coca.conversion import open_foreign
+            except ImportError:  # this file came from the Hub
+                raise error from None
+            found = open_foreign(pretrained_model_name_or_path, error, kwargs)
+        kwargs |= {"config": found.config, "state_dict": found.state_dict()}
+        loaded = super().from_pretrained(None, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = str(pretrained_model_name_or_path)
+        if model.can_generate():
+            model.generation_config = found.generation_config()
+        return loaded
+
     def train(self, mode: bool = True):
         """Sets training mode, except in parts frozen by `modeling_coca.training.freeze`, whose dropout and running
         statistics stay as in evaluation."""

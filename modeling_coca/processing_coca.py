@@ -64,5 +64,17 @@ class CocaProcessor(ProcessorMixin):
             chat_template = CHAT_TEMPLATE
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers, and like the model's also for checkpoints of open_clip, CONCH and torchmultimodal."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (OSError, ValueError) as error:
+            try:
+                from modeling_coca.conversion import processor_for
+            except ImportError:  # this file came from the Hub
+                raise error from None
+            return processor_for(pretrained_model_name_or_path, error, kwargs)
+
 
 __all__ = ["CocaProcessor"]

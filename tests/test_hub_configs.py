@@ -18,7 +18,10 @@ _spec.loader.exec_module(build)
 NAMES = sorted(build.MODELS)
 OPEN_CLIP = {
     "coca-vit-b-32": "coca_ViT-B-32",
+    "coca-vit-b-32-mscoco": "coca_ViT-B-32",
     "coca-vit-l-14": "coca_ViT-L-14",
+    "coca-vit-l-14-mscoco": "coca_ViT-L-14",
+    "mobileclip2-coca-context77": "coca_ViT-L-14",
     "open-clip-coca-base": "coca_base",
 }
 
@@ -125,3 +128,46 @@ def test_frozen_encoder_model_is_the_one_described():
     assert model.model.image_pooler.caption_pooler.attn.k_proj.in_features == 1024
     assert model.get_input_embeddings().weight.shape == (20000, 512)
     assert config.text_config.max_text_length == 400
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generation_settings_are_those_of_the_released_weights(name):
+    recipe = build.MODELS[name].recipe
+    generation = GenerationConfig.from_pretrained(FOLDER / name)
+    generation.validate(strict=True)
+    settings = {} if recipe is None else recipe.generation
+    assert {key: getattr(generation, key) for key in settings} == settings
+    text = AutoConfig.from_pretrained(FOLDER / name).text_config
+    assert settings.get("max_length", 0) <= text.max_text_length
+    card = (FOLDER / name / "README.md").read_text(encoding="utf-8")
+    assert f"license: {recipe.license if recipe else 'apache-2.0'}\n" in card
+
+
+def test_every_released_family_has_a_folder():
+    released = {model.recipe.hub_config for model in build.MODELS.values() if model.recipe}
+    assert released == set(build.RELEASED)
+    assert {name for name in NAMES if build.MODELS[name].recipe} == released
+
+
+def test_conch_is_what_the_conversion_makes_of_its_config():
+    from modeling_coca.conversion.conch import config_from_conch
+
+    stack = {"context_length": 128, "vocab_size": 32007, "width": 768, "heads": 12, "layers": 12}
+    config = config_from_conch(
+        {
+            "embed_dim": 512,
+            "embed_dim_caption": 768,
+            "vision_cfg": {
+                "image_size": 448,
+                "patch_size": 16,
+                "attentional_pool_caption": True,
+                "attentional_pool_contrast": True,
+                "n_queries_caption": 256,
+            },
+            "text_cfg": {**stack, "embed_cls": True},
+            "multimodal_cfg": stack,
+        }
+    )
+    expected = AutoConfig.from_pretrained(FOLDER / "conch-vit-b-16")
+    expected.architectures = config.architectures
+    assert json.loads(config.to_json_string()) == json.loads(expected.to_json_string())

@@ -5,6 +5,7 @@ import sys
 import typer
 
 from .caption import caption
+from .convert import convert
 
 app = typer.Typer(
     name="coca",
@@ -24,6 +25,7 @@ def options() -> None:
 
 
 app.command()(caption)
+app.command("convert")(convert)
 
 
 def main() -> None:

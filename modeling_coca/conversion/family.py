@@ -29,6 +29,7 @@ class Family(NamedTuple):
         fill: The values of a tensor that a fitting file may lack, or `None`: (their name, their config, a tensor of its shape).
         defaults: Of the library's arguments, to explain differences.
         assumed: What `infer_config` could not read from the tensors, in a phrase.
+        rename: From a checkpoint's names to those of the table.
         decoder_is_optional: Whether checkpoints without a decoder are known.
     """
 
@@ -43,6 +44,7 @@ class Family(NamedTuple):
     fill: Callable[[str, Mapping, torch.Tensor], torch.Tensor | None] = _never
     defaults: Mapping[str, Any] = {}
     assumed: str = "heads of 64 channels"
+    rename: Callable[[str], str] = strip_wrappers
     decoder_is_optional: bool = False
 
 
@@ -74,6 +76,7 @@ class Conversion:
             entries,
             self.parameters,
             shapes,
+            rename=family.rename,
             may_lack=lambda name: family.fill(name, their_config, self._like(meta[name])) is not None,
             title=f"The state dict does not fit the {family.name} config.",
             hints=lambda: self._hints(shapes),
@@ -84,7 +87,7 @@ class Conversion:
 
     def _hints(self, shapes: Shapes) -> list[str]:
         try:
-            inferred = self.family.infer_config({strip_wrappers(name): shape for name, shape in shapes.items()})
+            inferred = self.family.infer_config({self.family.rename(name): shape for name, shape in shapes.items()})
         except (KeyError, ValueError, IndexError):  # tensors that would tell are among the missing ones
             return []
         return differences(self.their_config, inferred, self.family.defaults)

@@ -65,6 +65,24 @@ def _pooler(open_clip: str, ours: str) -> list[Row]:
     ]
 
 
+def text_tower() -> list[Row]:
+    """Text tower and decoder, which CONCH shares."""
+    return [
+        Row("text.token_embedding.weight", "model.text_model.embed_tokens.weight"),
+        Row("text.positional_embedding", "model.text_model.embed_positions.weight"),
+        Row("text.cls_emb", "model.text_model.class_embedding"),
+        *_layer("text.transformer.resblocks.{i}", "model.text_model.layers.{i}"),
+        Row("text.ln_final.{leaf}", "model.text_model.final_layer_norm.{leaf}"),
+        Row("text.text_projection", "model.text_projection.weight", TRANSPOSE, when="bare projection"),
+        Row("text.text_projection.{leaf}", "model.text_projection.{leaf}", when="linear projection"),
+        *_layer("text_decoder.resblocks.{i}", "text_decoder.layers.{i}.self_block"),
+        *_layer("text_decoder.cross_attn.{i}", "text_decoder.layers.{i}.cross_block", attention="cross_attn"),
+        Row("text_decoder.cross_attn.{i}.ln_1_kv.{leaf}", "text_decoder.layers.{i}.cross_block.layer_norm_kv.{leaf}"),
+        Row("text_decoder.ln_final.{leaf}", "text_decoder.final_layer_norm.{leaf}"),
+        Row("text_decoder.text_projection", "lm_head.weight", TRANSPOSE),
+    ]
+
+
 # fmt: off
 TABLE = [
     Row("logit_scale", "model.logit_scale", SCALAR),
@@ -80,20 +98,7 @@ TABLE = [
     Row("visual.ln_post.{leaf}", "model.image_pooler.layer_norm.{leaf}"),
     Row("visual.ln_post.{leaf}", "model.image_pooler.caption_pooler.layer_norm_out.{leaf}"),  # attentional_pool: true
     Row("visual.proj", "model.visual_projection.weight", TRANSPOSE),
-    # text
-    Row("text.token_embedding.weight", "model.text_model.embed_tokens.weight"),
-    Row("text.positional_embedding", "model.text_model.embed_positions.weight"),
-    Row("text.cls_emb", "model.text_model.class_embedding"),
-    *_layer("text.transformer.resblocks.{i}", "model.text_model.layers.{i}"),
-    Row("text.ln_final.{leaf}", "model.text_model.final_layer_norm.{leaf}"),
-    Row("text.text_projection", "model.text_projection.weight", TRANSPOSE, when="bare projection"),
-    Row("text.text_projection.{leaf}", "model.text_projection.{leaf}", when="linear projection"),
-    # decoder
-    *_layer("text_decoder.resblocks.{i}", "text_decoder.layers.{i}.self_block"),
-    *_layer("text_decoder.cross_attn.{i}", "text_decoder.layers.{i}.cross_block", attention="cross_attn"),
-    Row("text_decoder.cross_attn.{i}.ln_1_kv.{leaf}", "text_decoder.layers.{i}.cross_block.layer_norm_kv.{leaf}"),
-    Row("text_decoder.ln_final.{leaf}", "text_decoder.final_layer_norm.{leaf}"),
-    Row("text_decoder.text_projection", "lm_head.weight", TRANSPOSE),
+    *text_tower(),
 ]
 # fmt: on
 
@@ -389,12 +394,9 @@ def infer_model_cfg(shapes: Shapes) -> dict:
             'With two poolers the tensors do not tell "cascade" from "parallel": give the config (`--config`).'
         )
     if "visual.attn_pool.query" in shapes:
-        vision_cfg |= {"attentional_pool": True, "attn_pooler_heads": 8}
-        if (queries := shapes["visual.attn_pool.query"][0]) != _DEFAULTS["vision_cfg"]["attn_pooler_queries"]:
-            vision_cfg["attn_pooler_queries"] = queries
-    if "visual.ln_pre.weight" not in shapes:
-        vision_cfg["no_ln_pre"] = True
-    vision_cfg["output_tokens"] = True
+        queries = shapes["visual.attn_pool.query"][0]
+        vision_cfg |= {"attentional_pool": True, "attn_pooler_queries": queries, "attn_pooler_heads": 8}
+    vision_cfg |= {"no_ln_pre": "visual.ln_pre.weight" not in shapes, "output_tokens": True}
 
     vocab_size, text_width = shapes["text.token_embedding.weight"]
     embed_cls = "text.cls_emb" in shapes
@@ -408,10 +410,9 @@ def infer_model_cfg(shapes: Shapes) -> dict:
         **stack,
         "layers": layers_of(shapes, "text.transformer.resblocks"),
         "embed_cls": embed_cls,
+        "proj_bias": "text.text_projection.bias" in shapes,
         "output_tokens": True,
     }
-    if "text.text_projection.bias" in shapes:
-        text_cfg["proj_bias"] = True
     multimodal_cfg = {**stack, "layers": layers_of(shapes, "text_decoder.resblocks")}
     for section, blocks, size in (
         (vision_cfg, "visual.transformer.resblocks", width),
@@ -421,7 +422,7 @@ def infer_model_cfg(shapes: Shapes) -> dict:
         if f"{blocks}.0.ls_1.gamma" in shapes:
             section["ls_init_value"] = 1.0  # where training began; the values come from the file
         mlp_size = shapes[f"{blocks}.0.mlp.c_fc.weight"][0]
-        if section is not multimodal_cfg and mlp_size != 4 * size:
+        if section is not multimodal_cfg:
             section["mlp_ratio"] = _mlp_ratio(mlp_size, size)
     model_cfg = {
         "embed_dim": shapes["visual.proj"][1],
@@ -615,12 +616,17 @@ def _filling(name: str, model_cfg: Mapping, like: torch.Tensor) -> torch.Tensor 
     return torch.ones(like.shape) if _is_filled_with_ones(name, model_cfg) else None
 
 
+def _owns(names: set[str]) -> bool:
+    has = {prefix: any(name.startswith(prefix) for name in names) for prefix in ("visual.", "text.", "text_decoder.")}
+    return all(has.values()) and "visual.attn_pool_contrast.query" not in names
+
+
 FAMILY = Family(
     name="open_clip",
     package="open_clip_torch",
     title="open_clip's CoCa (LAION's models, Apple's captioners for MobileCLIP2, and fine-tunes of them)",
     table=TABLE,
-    owns=lambda names: {"visual.conv1.weight", "text.token_embedding.weight", "text_decoder.ln_final.weight"} <= names,
+    owns=_owns,
     infer_config=infer_model_cfg,
     to_config=config_from_open_clip,
     ways=_ways_of_storing,
@@ -680,29 +686,42 @@ def to_open_clip(model: CocaForConditionalGeneration) -> tuple[dict, dict[str, t
     """
     if not hasattr(model, "text_decoder"):
         raise ValueError(f"open_clip's CoCa has a decoder, {type(model).__name__} has none.")
-    config = model.config
-    model_cfg = _config_to_open_clip(config)
-    source = getattr(config, "open_clip_model_cfg", None)
-    if source is not None and _config_to_open_clip(config_from_open_clip(source)) == model_cfg:
-        model_cfg = copy.deepcopy(source)
+    parameters = {name: tensor.detach() for name, tensor in model.named_parameters(remove_duplicate=False)}
+    export = Export(model.config, parameters)
+    return export.model_cfg, {name: export.tensor(name, parameters) for name in export.entries}
 
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    layer_scale = config.text_config.layer_scale_init_value
-    for section, prefix in _TEXT_STACKS.values():
-        if layer_scale is not None and model_cfg[section].get("ls_init_value") is None:
-            gammas = [x for name, x in parameters.items() if name.startswith(prefix) and name.endswith(".gamma")]
-            if any((gamma != 1).any() for gamma in gammas):  # trained since
-                model_cfg[section]["ls_init_value"] = layer_scale
 
-    state_dict = {}
-    for entry in name_entries(model):
-        if _is_filled_with_ones(entry.theirs, model_cfg):
-            continue
-        tensor = entry.transform.to_theirs(*(parameters[name].detach() for name in entry.ours))
-        if entry.transform is SCALAR and model_cfg.get("nonscalar_logit_scale"):
+class Export:
+    """What `to_open_clip` writes, tensor by tensor.
+
+    Args:
+        config: Of the model.
+        parameters: By our names; they may come from a file as they are asked for.
+    """
+
+    def __init__(self, config: CocaConfig, parameters: Mapping[str, torch.Tensor]):
+        self.model_cfg = _config_to_open_clip(config)
+        source = getattr(config, "open_clip_model_cfg", None)
+        if source is not None and _config_to_open_clip(config_from_open_clip(source)) == self.model_cfg:
+            self.model_cfg = copy.deepcopy(source)
+        layer_scale = config.text_config.layer_scale_init_value
+        for section, prefix in _TEXT_STACKS.values():
+            if layer_scale is not None and self.model_cfg[section].get("ls_init_value") is None:
+                gammas = [name for name in parameters if name.startswith(prefix) and name.endswith(".gamma")]
+                if any((parameters[name] != 1).any() for name in gammas):  # trained since
+                    self.model_cfg[section]["ls_init_value"] = layer_scale
+        entries = write_out(TABLE, parameters, _ways_of_storing(config), "open_clip")
+        self.entries = {
+            entry.theirs: entry for entry in entries if not _is_filled_with_ones(entry.theirs, self.model_cfg)
+        }
+
+    def tensor(self, name: str, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """open_clip's tensor of that name."""
+        entry = self.entries[name]
+        tensor = entry.transform.to_theirs(*(parameters[ours] for ours in entry.ours))
+        if entry.transform is SCALAR and self.model_cfg.get("nonscalar_logit_scale"):
             tensor = tensor.reshape(1)
-        state_dict[entry.theirs] = tensor.contiguous()
-    return model_cfg, state_dict
+        return tensor.contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

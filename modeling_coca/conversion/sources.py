@@ -276,7 +276,7 @@ def _download(repository: str, revision: str | None, **hub_kwargs) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, **hub_kwargs))
     except HFValidationError as error:
         raise FileNotFoundError(f"{repository} is neither a file nor a folder nor the id of a repository.") from error
-    except OSError as error:  # huggingface_hub's errors of connection, access and cache
+    except Exception as error:  # of connection, access or cache: huggingface_hub passes on those of its HTTP client
         raise FileNotFoundError(
             f"{repository} is no file or folder here, and the Hub did not give it: {error}"
         ) from error

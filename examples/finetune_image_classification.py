@@ -1,0 +1,90 @@
+"""Classify images with a frozen encoder: the paper's protocol, a new attentional pooler and a linear layer.
+
+    python examples/finetune_image_classification.py --model_name_or_path outputs/quickstart \\
+        --dataset_name my_pictures --label_column label --feature_cache outputs/features \\
+        --output_dir outputs/classifier --num_train_epochs 10
+
+`--freeze_encoder False` fine-tunes all of it.
+"""
+
+from dataclasses import dataclass, field
+
+import datasets
+import numpy as np
+import torch
+from transformers import EvalPrediction
+
+from modeling_coca import CocaForImageClassification
+from modeling_coca.training import CocaDataCollator, CocaTrainer, freeze
+from modeling_coca.training.recipe import (
+    DataArguments,
+    ModelArguments,
+    callbacks_of,
+    load_model,
+    load_splits,
+    parse_arguments,
+    prepare_rows,
+    run,
+)
+
+
+@dataclass
+class ClassificationArguments:
+    label_column: str = field(
+        default="label", metadata={"help": "Column of the classes: ClassLabel, texts or numbers."}
+    )
+    freeze_encoder: bool = True
+
+
+class ClassificationCollator(CocaDataCollator):
+    """Images with the number of their class."""
+
+    def __init__(self, processor, label_column: str, label2id: dict[str, int], **image_columns: str):
+        super().__init__(processor, **image_columns)
+        self.label_column, self.label2id = label_column, label2id
+
+    def __call__(self, rows):
+        labels = [row[self.label_column] for row in rows]
+        labels = [label if isinstance(label, int) else self.label2id[label] for label in labels]
+        return {**self._images(rows), "labels": torch.tensor(labels)}
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    ranked = np.argsort(-prediction.predictions, axis=-1)
+    right = ranked == prediction.label_ids[:, None]
+    return {"accuracy": right[:, 0].mean().item(), "accuracy_top5": right[:, :5].any(-1).mean().item()}
+
+
+def main(args: list[str] | None = None) -> dict[str, float]:
+    classification, data, arguments, training = parse_arguments(
+        ClassificationArguments, DataArguments, ModelArguments, args=args, learning_rate=1e-3
+    )
+    column = classification.label_column
+    splits = load_splits(data, training, label_column=column)
+    feature = splits.train.features[column]
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(set(splits.train[column][:]))
+    names = [str(name) for name in names]
+    label2id = {name: i for i, name in enumerate(names)}
+
+    model, processor = load_model(
+        arguments, CocaForImageClassification, id2label=dict(enumerate(names)), label2id=label2id
+    )
+    if classification.freeze_encoder:
+        freeze(model, "vision_model")
+    rows = prepare_rows(
+        splits, data, training, model.vision_model, processor.image_processor, model.config.vision_feature_layers
+    )
+    trainer = CocaTrainer(
+        model=model,
+        args=training,
+        data_collator=ClassificationCollator(processor, column, label2id, **rows.image_columns),
+        train_dataset=rows.train,
+        eval_dataset=rows.evaluation,
+        compute_metrics=accuracy,
+        callbacks=callbacks_of(arguments),
+    )
+    return run(trainer, processor, splits)
+
+
+if __name__ == "__main__":
+    main()

@@ -31,7 +31,7 @@ class RetrievalArguments:
 
 
 def main(args: list[str] | None = None) -> dict[str, float]:
-    _retrieval, data, arguments, training = parse_arguments(
+    retrieval, data, arguments, training = parse_arguments(
         RetrievalArguments, DataArguments, ModelArguments, args=args, learning_rate=1e-4, caption_loss_weight=0.0
     )
     splits = load_splits(data, training, text_column=data.text_column)
@@ -55,6 +55,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         train_dataset=rows.train,
         eval_dataset=rows.evaluation,
         callbacks=callbacks_of(arguments),
+        contrastive_chunk_size=retrieval.contrastive_chunk_size,
     )
     if rows.evaluation is not None:
         trainer.add_callback(RetrievalEvaluator(processor, rows.evaluation, batch_size=128, **shared))

@@ -140,7 +140,8 @@ def test_finetune_image_classification(pretrained, tmp_path):
 
 
 def test_finetune_retrieval(pretrained, tmp_path):
-    figures = script("finetune_retrieval").main(arguments(tmp_path, "--model_name_or_path", pretrained[0]))
+    more = ["--model_name_or_path", pretrained[0], "--contrastive_chunk_size", 4]
+    figures = script("finetune_retrieval").main(arguments(tmp_path, *more))
     assert "eval_contrastive_loss" in figures and "eval_caption_loss" not in figures and "eval_t2i_r10" in figures
     before, after = (CocaForConditionalGeneration.from_pretrained(f).state_dict() for f in (pretrained[0], tmp_path))
     for name in before:
@@ -190,6 +191,8 @@ def test_it_runs_as_a_command_and_wrong_arguments_are_named(tmp_path):
     assert "There is no column 'caption' (`--text_column`), only 'image', 'text'" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["pretrain", "train_frozen_encoder", "finetune_captioning", "finetune_vqa"])
-def test_scripts_stay_short(name):
-    assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < 250
+def test_scripts_stay_short():
+    scripts = list((ROOT / "examples").glob("*.py"))
+    assert len(scripts) >= 7
+    for path in scripts:
+        assert len(path.read_text().splitlines()) < 250, path

@@ -1,19 +1,19 @@
-"""Writes the folders beside this file, one for each model size: `python hub_configs/build.py` (needs jinja2).
+"""Writes the folders beside this file, one for each model size: `python hub_configs/build.py`.
 
-All that tells one size from another stands in `MODELS`. The card is rendered from `card_template.md`, with parameters
-counted on the model itself.
+All that tells one size from another stands in `MODELS`. The card has the form of all cards, that of `modeling_coca.hub`.
 """
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
 import torch
+from huggingface_hub import ModelCardData
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import modeling_coca
 from modeling_coca.conversion.recipes import RECIPES, Recipe
+from modeling_coca.hub.model_card import TAGS, parameters_by_part, readable, render_card
 
 FOLDER = Path(__file__).parent
 
@@ -249,26 +249,22 @@ MODELS = {
 }
 
 
-def count_parameters(config: modeling_coca.CocaConfig) -> dict[str, int]:
-    """Parameters by part, without allocating them."""
+USAGE = """\
+```python
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText
+
+import modeling_coca  # tells the Auto classes about CoCa
+
+config = AutoConfig.from_pretrained("hub_configs/{name}")
+model = AutoModelForImageTextToText.from_config(config)  # random weights
+image_processor = AutoImageProcessor.from_pretrained("hub_configs/{name}")
+```"""
+
+
+def meta_model(config: modeling_coca.CocaConfig) -> modeling_coca.CocaForConditionalGeneration:
+    """Without memory for its parameters."""
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    parts = {
-        "image encoder": [model.model.vision_model],
-        "poolers": [model.model.image_pooler],
-        "unimodal text layers": [model.model.text_model],
-        "multimodal text layers": [model.text_decoder],
-        "output embedding": [model.lm_head],
-    }
-    counts = {
-        part: sum(p.numel() for module in modules for p in module.parameters()) for part, modules in parts.items()
-    }
-    total = sum(p.numel() for p in model.parameters())
-    return {**counts, "projections and temperature": total - sum(counts.values()), "all": total}
-
-
-def readable(count: int) -> str:
-    return f"{count / 1e6:,.2f}M" if count >= 1e6 else f"{count:,}"
+        return AutoModelForImageTextToText.from_config(config)
 
 
 def render(name: str) -> dict[str, str]:
@@ -289,22 +285,31 @@ def render(name: str) -> dict[str, str]:
             "processor_class": "CocaProcessor",
         },
     }
-    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined).from_string(
-        (FOLDER / "card_template.md").read_text(encoding="utf-8")
+    data = ModelCardData(
+        library_name="transformers",
+        license=model.recipe.license if model.recipe else "apache-2.0",
+        license_name=model.recipe.license_name if model.recipe else None,
+        license_link=model.recipe.license_link if model.recipe else None,
+        pipeline_tag="image-text-to-text",
+        tags=list(TAGS),
     )
-    grid = config.vision_config.grid_size
-    card = template.render(
+    sections = {}
+    if model.recipe:
+        published = f"Published: {model.recipe.published}." if model.recipe.published else ""
+        sections["The released weights"] = "\n\n".join(filter(None, [model.recipe.use, model.recipe.why, published]))
+    card = render_card(
+        data,
+        meta_model(config),
         name=name,
-        model=model,
-        config=config,
-        vision=config.vision_config,
-        text=config.text_config,
-        patches=grid[0] * grid[1],
-        parameters={part: readable(count) for part, count in count_parameters(config).items()},
+        description=f"{model.origin}\n\nThese files describe a model. They hold no weights and no vocabulary.",
+        usage=USAGE.format(name=name),
+        parameters={"published": model.published} if model.published else None,
+        notes=model.notes,
+        sections=sections,
     )
     return {
         **{file: json.dumps(content, indent=2) + "\n" for file, content in files.items()},
-        "README.md": card.rstrip() + "\n",
+        "README.md": card.content,
     }
 
 
@@ -313,7 +318,7 @@ def main():
         (FOLDER / name).mkdir(exist_ok=True)
         for file, content in render(name).items():
             (FOLDER / name / file).write_text(content, encoding="utf-8")
-        print(name, readable(count_parameters(AutoConfig.from_pretrained(FOLDER / name))["all"]))
+        print(name, readable(parameters_by_part(meta_model(AutoConfig.from_pretrained(FOLDER / name)))["all"]))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from ..evaluation.evaluator import unwrap
+from ..training.freezing import count_parameters
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 TAGS = ("coca", "image-captioning", "zero-shot-image-classification")
@@ -72,7 +73,7 @@ def readable(count: int) -> str:
     return f"{count / 1e6:,.2f}M" if count >= 1e6 else f"{count:,}"
 
 
-def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+def parameters_by_part(model: PreTrainedModel) -> dict[str, int]:
     """
     Parameters by part, each counted once. A model on the meta device will do.
 
@@ -172,7 +173,7 @@ def render_card(
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False
     )
-    counts = {part: readable(count) for part, count in count_parameters(model).items()}
+    counts = {part: readable(count) for part, count in parameters_by_part(model).items()}
     content = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         metadata=data.to_yaml(),
         name=name,
@@ -306,7 +307,6 @@ def training_card(
         )
         for key, (task, metric, value) in figures.items()
     ]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     started = (
         f"starts from [{base_model}](https://huggingface.co/{base_model})" if base_model else "is trained from scratch"
     )
@@ -321,7 +321,7 @@ def training_card(
         name,
         description="A [CoCa](https://arxiv.org/abs/2205.01917) (Contrastive Captioners), a model of images and texts. It "
         f"{started}.",
-        parameters={"trained": readable(trained)},
+        parameters={"trained": readable(count_parameters(model).trainable)},
         sections=sections,
         tags=["generated_from_trainer", *_listed(tags)],
         language=language,
@@ -441,4 +441,4 @@ def _command() -> str | None:
     return " ".join(words)
 
 
-__all__ = ["count_parameters", "describe_architecture", "model_card", "readable", "render_card", "training_card"]
+__all__ = ["describe_architecture", "model_card", "parameters_by_part", "readable", "render_card", "training_card"]

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 import modeling_coca
 from modeling_coca.evaluation import CaptioningEvaluator, RetrievalEvaluator
 from modeling_coca.hub import export_to_folder, model_card, training_card
-from modeling_coca.hub.model_card import count_parameters
+from modeling_coca.hub.model_card import parameters_by_part
 from modeling_coca.training import CocaDataCollator, CocaTrainer, freeze
 
 TASKS = {
@@ -58,7 +58,7 @@ def test_a_card_that_comes_with_code_asks_for_trust(config, processor, tmp_path)
 
 def test_sizes_in_a_card(config):
     model = build("CocaForConditionalGeneration", config())
-    counts = count_parameters(model)
+    counts = parameters_by_part(model)
     assert sum(counts.values()) == 2 * counts["all"] == 2 * sum(p.numel() for p in model.parameters())
     assert counts["output embedding"] == model.lm_head.weight.numel()
     card = model_card(model, "fox", license="mit", tags=["foxes"], notes=["It likes grapes."])
@@ -70,7 +70,7 @@ def test_sizes_in_a_card(config):
 
 def test_tied_parameters_are_counted_once(config):
     model = build("CocaForConditionalGeneration", config(tie_word_embeddings=True))
-    counts = count_parameters(model)
+    counts = parameters_by_part(model)
     assert "output embedding" not in counts
     assert counts["all"] == sum(p.numel() for p in model.parameters()) == sum(counts.values()) - counts["all"]
 

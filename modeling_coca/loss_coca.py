@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .linear_coca import CocaLinear, linear
+
 IGNORE_INDEX = -100
 CHUNK_SIZE = 1024
 
@@ -33,7 +35,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            logits = F.linear(hidden[part], weight).to(dtype)  # [rows, V]
+            logits = linear(hidden[part], weight).to(dtype)  # [rows, V]
             log_normalizer = F.softplus(logits).sum(dim=-1) if sigmoid else torch.logsumexp(logits, dim=-1)
             target = labels[part, None]
             loss += (log_normalizer - logits.gather(1, target)[:, 0]).sum()
@@ -43,12 +45,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_logits.scatter_add_(1, target, grad_logits.new_full(target.shape, -1.0))
             grad_logits = grad_logits.to(hidden.dtype)
             if need_hidden:
-                grad_hidden[part] = grad_logits @ weight.to(hidden.dtype)
+                grad_hidden[part] = linear(grad_logits, weight.to(hidden.dtype).t())
             if need_weight:
-                if grad_logits.dtype == dtype:
-                    torch.addmm(grad_weight, grad_logits.t(), hidden[part], out=grad_weight)
-                else:
-                    grad_weight += grad_logits.t() @ hidden[part]
+                grad_weight += linear(grad_logits.t(), hidden[part].t())
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -127,7 +126,7 @@ def caption_loss(
     labelled = shift_labels != IGNORE_INDEX
     hidden, targets = hidden_states[labelled], shift_labels[labelled].to(hidden_states.device)
     # A weight that is sharded, adapted or offloaded is whole only in the layer's own forward
-    is_plain = type(lm_head) is torch.nn.Linear and type(lm_head.weight) is torch.nn.Parameter
+    is_plain = type(lm_head) in (torch.nn.Linear, CocaLinear) and type(lm_head.weight) is torch.nn.Parameter
     if is_plain and lm_head.bias is None and not lm_head.weight.is_meta:
         total = linear_cross_entropy(hidden, lm_head.weight, targets)
     else:

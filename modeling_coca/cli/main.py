@@ -6,6 +6,8 @@ import typer
 
 from .caption import caption
 from .convert import convert
+from .index import index
+from .search import search
 
 app = typer.Typer(
     name="coca",
@@ -26,6 +28,8 @@ def options() -> None:
 
 app.command()(caption)
 app.command("convert")(convert)
+app.command()(index)
+app.command()(search)
 
 
 def main() -> None:

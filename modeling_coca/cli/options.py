@@ -7,15 +7,14 @@ import typer
 # Panels of the help text
 IMAGES, WRITING, OUTPUT, MACHINE = "Images", "Writing", "Output", "Machine"
 
-Images = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="IMAGES...",
-        help="Image files, folders, globs, tables of paths (.csv, .tsv, .jsonl), Parquet files, WebDataset shards "
-        "(.tar, also 'shard-{000..099}.tar'), a folder saved by `datasets`, or a data set on the Hub (its id).",
-        show_default=False,
-    ),
-]
+_images = typer.Argument(
+    metavar="IMAGES...",
+    help="Image files, folders, globs, tables of paths (.csv, .tsv, .jsonl), Parquet files, WebDataset shards "
+    "(.tar, also 'shard-{000..099}.tar'), a folder saved by `datasets`, or a data set on the Hub (its id).",
+    show_default=False,
+)
+Images = Annotated[list[str], _images]
+OptionalImages = Annotated[list[str] | None, _images]
 Model = Annotated[
     str,
     typer.Option(

@@ -1,21 +1,16 @@
 """Captions with their log-probability, contrastive score and the image's embedding, from one pass over the image."""
 
 import os
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, ProcessorMixin
-from transformers.utils import logging
 
 from modeling_coca.generation_coca import is_one_of
 
-from .journal import Journal, begun_settings
-from .loading import ImageLoader, ImageRef, default_num_workers, load_for_inference
-from .sources import ImageShard, open_images
-
-logger = logging.get_logger(__name__)
+from .loading import load_for_inference
+from .mapping import map_images
 
 _LOGITS_AT_A_TIME = 2**24  # 64 MB of fp32
 
@@ -172,30 +167,12 @@ def caption_images(
     """
     Captions all images of a source. What `coca caption` does.
 
-    With an `output` the work can be killed at any time and taken up again by the same call: it goes on where it was.
-    Under `accelerate launch` or `torchrun` each process takes its share of the shards, without talking to the others;
-    they must see the same files.
+    With an `output` the work can be killed at any time and taken up again by the same call, and shared by processes.
 
     Args:
-        images: see [`open_images`].
-        output (`str`, *optional*):
-            A `.jsonl` or `.parquet` file, or a folder for a file a shard. Without it the rows are returned.
         model, processor, device, dtype: see [`load_for_inference`].
-        batch_size (`int`, defaults to 32): images at a time.
-        num_workers (`int`, *optional*): processes that decode and resize; by default one for each CPU core but one, up
-            to 8 on an accelerator, where there are more than a few images.
-        source_kwargs (`dict`, *optional*): of [`open_images`].
-        output_format (`str`, defaults to `"jsonl"`): of the files in a folder, or `"parquet"`.
-        overwrite (`bool`): throw away an output that is there.
-        show_progress (`bool`): show a bar with images a second and the time left.
-        seed (`int`): of sampling.
+        images, output and the rest, returns: see [`map_images`].
         **captioner_kwargs: see [`CocaCaptioner`].
-
-    Returns:
-        - without `output`, `list[dict]`: for each image, in order, its `id`, its kept columns and what
-          [`CocaCaptioner`] gives, or `error`, the reason why it could not be read;
-        - with it, `dict`: `output`, `images` (their number) and `failed`, pairs of id and reason. `None` in a process
-          that is not the last to end.
 
     Example:
 
@@ -206,91 +183,28 @@ def caption_images(
     {'output': 'captions.parquet', 'images': 500, 'failed': []}
     ```
     """
-    process, num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    source_kwargs = {name: value for name, value in (source_kwargs or {}).items() if value is not None}
-    if output is None and num_processes > 1:
-        raise ValueError("Give an `output`: several processes have no list of rows to return.")
-    begun = {} if output is None or overwrite else begun_settings(output)
-    source_kwargs.setdefault("shard_size", begun.get("shard_size", 1024))  # whatever the number of processes is now
-    shards = open_images(images, **source_kwargs)
-    if not begun and len(shards) < 4 * num_processes > 4:  # too few to share out evenly
-        number = sum(shard.size or 0 for shard in shards)
-        source_kwargs["shard_size"] = max(1, number // (4 * num_processes))
-        shards = open_images(images, **source_kwargs)
-    journal = None
-    if output is not None:
-        settings = {
-            "images": [str(image) for image in images] if isinstance(images, (list, tuple)) else str(images),
-            "number of images": sum(shard.size or 0 for shard in shards),
-            **source_kwargs,
-            "model": str(getattr(model, "name_or_path", model)),
-            **{name: value for name, value in captioner_kwargs.items() if value is not None},
-        }
-        journal = Journal(output, settings, len(shards), process, num_processes, output_format, overwrite)
-    from modeling_coca import CocaForConditionalGeneration
 
-    model, processor = load_for_inference(model, CocaForConditionalGeneration, processor, device, dtype)
-    captioner = CocaCaptioner(model, processor, **captioner_kwargs)
-    torch.manual_seed(seed + process)
-    if num_workers is None:
-        num_workers = default_num_workers(
-            model.device, sum(shard.size or batch_size + 1 for shard in shards) > batch_size
-        )
-    rows = _caption(shards, captioner, processor, batch_size, num_workers, journal, show_progress)
-    if journal is None:
-        return [row for _, row in sorted(rows, key=lambda item: item[0][:2])]
-    for _ in rows:
-        pass
-    return journal.close()
+    def load() -> tuple[CocaCaptioner, ProcessorMixin]:
+        from modeling_coca import CocaForConditionalGeneration
 
+        loaded = load_for_inference(model, CocaForConditionalGeneration, processor, device, dtype)
+        return CocaCaptioner(*loaded, **captioner_kwargs), loaded[1]
 
-def _caption(
-    shards: Sequence[ImageShard],
-    captioner: CocaCaptioner,
-    processor: ProcessorMixin,
-    batch_size: int,
-    num_workers: int,
-    journal: Journal | None,
-    show_progress: bool,
-) -> Iterator[tuple[ImageRef, dict[str, Any]]]:
-    """Rows as they are made; a journal has them before."""
-    mine = range(len(shards)) if journal is None else journal.mine
-    todo = [shard for shard in mine if journal is None or not journal.is_done(shard)]
-    sizes = {shard: shards[shard].size for shard in todo}
-    few = sum(batch_size + 1 if size is None else size for size in sizes.values()) <= batch_size
-    bar = logging.tqdm(total=0, unit="img", desc="Captions", disable=few or not show_progress, smoothing=0.05)
-
-    def refs_of(shard: int) -> list[ImageRef]:
-        listed = shards[shard].list()
-        done = journal.begin(shard, len(listed)) if journal is not None else set()
-        refs = [ImageRef(shard, place, name, key) for place, (name, key) in enumerate(listed) if place not in done]
-        sizes[shard] = len(refs)
-        return refs
-
-    with bar:
-        loader = ImageLoader(
-            shards,
-            processor.image_processor,
-            batch_size,
-            num_workers,
-            map(refs_of, todo),
-            captioner.model.device.type == "cuda",
-        )
-        for batch in loader:
-            rows = [(ref, {"id": ref.id, "error": reason}) for ref, reason in batch.errors]
-            if batch.refs:
-                captions = captioner(batch.pixel_values)
-                rows += [
-                    (ref, {"id": ref.id, **kept, **caption})
-                    for ref, kept, caption in zip(batch.refs, batch.kept, captions, strict=True)
-                ]
-            if journal is not None:
-                for shard in {ref.shard for ref, _ in rows}:
-                    journal.write(shard, [(ref.position, row) for ref, row in rows if ref.shard == shard])
-            known = [size for size in sizes.values() if size is not None]
-            bar.total = round(sum(known) * len(sizes) / len(known))  # tar files are counted when they are opened
-            bar.update(len(rows))
-            yield from rows
+    settings = {"model": str(getattr(model, "name_or_path", model)), **captioner_kwargs}
+    return map_images(
+        images,
+        output,
+        load,
+        {name: value for name, value in settings.items() if value is not None},
+        description="Captions",
+        batch_size=batch_size,
+        num_workers=num_workers,
+        source_kwargs=source_kwargs,
+        output_format=output_format,
+        overwrite=overwrite,
+        show_progress=show_progress,
+        seed=seed,
+    )
 
 
 __all__ = ["CocaCaptioner", "caption_images"]

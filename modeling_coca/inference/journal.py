@@ -166,11 +166,15 @@ class Journal:
 
     # --------------------------------------------------------------------------------------------------------- end
 
-    def close(self) -> dict[str, Any] | None:
-        """Joins the parts if all are there. Returns the numbers of the whole job, or `None` while others still work."""
+    def release(self) -> None:
+        """Lets go of the journals, also those that an error left incomplete: a traceback would hold on to their locks."""
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+    def close(self) -> dict[str, Any] | None:
+        """Joins the parts if all are there. Returns the numbers of the whole job, or `None` while others still work."""
+        self.release()
         if not self.work.is_dir() or not all(map(self.is_done, range(self.num_shards))):
             return None
         with open(self.work / "lock", "w") as lock:

@@ -94,8 +94,11 @@ def map_images(
         )
     if journal is None:
         return [row for _, row in sorted(rows, key=lambda item: item[0][:2])]
-    for _ in rows:
-        pass
+    try:
+        for _ in rows:
+            pass
+    finally:
+        journal.release()
     return journal.close()
 
 

@@ -74,9 +74,10 @@ def convert(
 
     logging.enable_progress_bar()
     if to is Layout.open_clip:
-        if check:
+        given = {"--check": check, "--config": config, "--tokenizer": tokenizer, "--revision": revision}
+        if unfit := [option for option, value in given.items() if value]:
             raise ValueError(
-                "--check compares a source with what becomes of it here; it does not go with --to open_clip."
+                f"{', '.join(unfit)} and --to open_clip do not go together: they are about sources to convert here."
             )
         _, notes = conversion.convert_to_open_clip(source, out, overwrite=overwrite)
         _warn(notes)

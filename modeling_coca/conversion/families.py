@@ -16,8 +16,8 @@ FAMILIES = [open_clip.FAMILY, conch.FAMILY, torchmultimodal.FAMILY]
 _LUCIDRAINS = (
     "This is a CoCa of lucidrains' CoCa-pytorch, which this package does not convert: its text layers compute attention and "
     "a gated (SwiGLU) MLP side by side from one projection, turn queries and keys by rotary embeddings instead of adding "
-    "positions, and share one key and value head. None of that is a setting here, and loading the rest (token embeddings and "
-    "queries) would give a model that is as good as random. Nothing was written. To go on with its weights, train on in CoCa-pytorch; "
+    "positions, and share one key and value head. None of that is a setting here. Those layers hold 85 % of its README's model, so "
+    "that loading the rest would give a model as good as random. Nothing was written. To go on with its weights, stay with CoCa-pytorch; "
     "hub_configs/coca-frozen-vit-large has the same layout of poolers for a training from scratch."
 )
 _CLIP = (

@@ -63,7 +63,8 @@ class Checkpoint(NamedTuple):
 class Weights(Mapping):
     """One or more weight files as a state dict that reads a tensor when it is asked for.
 
-    `release` closes the files. They are opened again when needed; until then what was mapped of them costs no memory.
+    `release` closes the files that are mapped. They are opened again when needed; until then what was read of them costs no
+    memory. Pickles of before PyTorch 1.6 cannot be mapped, and stay.
     """
 
     def __init__(self, paths: list[Path]):
@@ -97,7 +98,7 @@ class Weights(Mapping):
         return len(self._home)
 
     def release(self):
-        self._files.clear()
+        self._files = {path: file for path, file in self._files.items() if not _can_be_mapped(path)}
 
     @property
     def num_bytes(self) -> int:
@@ -148,7 +149,7 @@ def open_weights(path: Path) -> Mapping[str, torch.Tensor]:
             raise ValueError(
                 f"{path} ({size:,} bytes) cannot be read: it is cut off or no safetensors file. Download it again. ({error})"
             ) from error
-    is_zip = zipfile.is_zipfile(path)
+    is_zip = _can_be_mapped(path)
     if head.startswith(b"PK") and not is_zip:
         raise ValueError(f"{path} ({size:,} bytes) is cut off: the end of the file is missing. Download it again.")
     try:
@@ -164,6 +165,10 @@ def open_weights(path: Path) -> Mapping[str, torch.Tensor]:
             f"{path} ({size:,} bytes) cannot be read: it is cut off or no PyTorch file. ({error})"
         ) from error
     return _state_dict(content, path)
+
+
+def _can_be_mapped(path: Path) -> bool:
+    return path.suffix == ".safetensors" or zipfile.is_zipfile(path)
 
 
 def _reason(error: Exception) -> str:

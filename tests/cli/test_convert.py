@@ -103,7 +103,7 @@ def test_options(source, tmp_path):
     result = run(source, tmp_path / "ours", "--config", tmp_path / "elsewhere.json", "--overwrite")
     assert result.exit_code == 0, result.output
     result = run(tmp_path / "ours", tmp_path / "theirs", "--to", "open_clip", "--check")
-    assert "does not go with" in str(result.exception)
+    assert "--check and --to open_clip do not go together" in str(result.exception)
     assert run(source, tmp_path / "x", "--dtype", "int8").exit_code == 2
 
 

@@ -66,6 +66,19 @@ def test_layouts_convert_and_go_back_to_the_bit(checkpoint, sample, tmp_path, la
     assert_same(load_file(tmp_path / "again" / "model.safetensors"), load_file(tmp_path / "ours" / "model.safetensors"))
 
 
+def test_pickles_of_old_pytorch_are_read_once(checkpoint, sample, tmp_path, monkeypatch):
+    from modeling_coca.conversion import sources
+
+    source = checkpoint()
+    given = sample("open_clip_default").state_dict
+    torch.save(given, source / "open_clip_pytorch_model.bin", _use_new_zipfile_serialization=False)
+    opened = []
+    monkeypatch.setattr(sources, "open_weights", lambda path: opened.append(path) or open_weights(path))
+    convert(source, tmp_path / "out")
+    assert len(opened) == 1
+    assert_same(to_open_clip(CocaForConditionalGeneration.from_pretrained(tmp_path / "out"))[1], given)
+
+
 def test_a_file_alone_with_a_config_of_its_name(sample, tmp_path):
     given = sample("open_clip_default")
     torch.save(given.state_dict, tmp_path / "mine.pt")

@@ -128,6 +128,7 @@ def parse_arguments(*argument_classes: type, args: Sequence[str] | None = None, 
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "dataloader_drop_last": True,
         "remove_unused_columns": False,
+        "per_device_eval_batch_size": 64,
         "save_total_limit": 2,
         "logging_steps": 20,
     }

@@ -42,15 +42,19 @@ class SkippedImages:
 
     Args:
         path (`str`, *optional*):
-            A file of JSON lines with `split`, `image` (path, key or row) and `error`. An existing one is replaced.
+            A file of JSON lines with `split`, `image` (path, key or row) and `error`.
+        resume (`bool`, defaults to `False`): go on with the list in an existing file, and do not replace it.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None):
+    def __init__(self, path: str | os.PathLike[str] | None = None, resume: bool = False):
         self.path = None if path is None else Path(path)
         self._entries: dict[tuple[str, str], str] = {}
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.unlink(missing_ok=True)
+            if resume:
+                self._entries = {(e["split"], e["image"]): e["error"] for e in self.entries()}
+            else:
+                self.path.unlink(missing_ok=True)
 
     def add(self, split: str, image: str, error: str) -> None:
         if (split, image) in self._entries:  # another epoch
@@ -200,7 +204,7 @@ def _read(cell: Mapping[str, Any] | None) -> tuple[Image.Image | None, str | Non
     try:
         return datasets.Image().decode_example(dict(cell)), None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
-        return None, f"{type(error).__name__}: {error}"
+        return None, re.sub(r" <_io\.BytesIO.*?>", "", f"{type(error).__name__}: {error}")
 
 
 def _errors(cells: Sequence[Mapping[str, Any] | None], root: str) -> dict[str, list[str | None]]:

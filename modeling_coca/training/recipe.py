@@ -126,7 +126,6 @@ def parse_arguments(*argument_classes: type, args: Sequence[str] | None = None, 
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-        "dataloader_drop_last": True,
         "remove_unused_columns": False,
         "per_device_eval_batch_size": 64,
         "save_total_limit": 2,
@@ -164,9 +163,14 @@ def load_splits(data: DataArguments, training: TrainingArguments, **columns: str
         raise ValueError("Name the data by either `--dataset_name` or `--train_files`.")
     if data.streaming and training.max_steps <= 0:
         raise ValueError("A stream has no length: give `--max_steps`.")
-    skipped = SkippedImages(Path(training.output_dir) / "skipped_images.jsonl")
-    options = {"image_column": data.image_column, "num_proc": data.num_proc, "seed": training.seed, "skipped": skipped}
-    with training.main_process_first(desc="data"):
+    with training.main_process_first(local=False, desc="data"):
+        skipped = SkippedImages(Path(training.output_dir) / "skipped_images.jsonl", resume=training.process_index > 0)
+        options = {
+            "image_column": data.image_column,
+            "num_proc": data.num_proc,
+            "seed": training.seed,
+            "skipped": skipped,
+        }
         if data.train_files is not None:
             files = {"train": data.train_files, **({"test": data.eval_files} if data.eval_files else {})}
             found = load_data(data_files=files, streaming=data.streaming, **options)
@@ -251,7 +255,7 @@ def prepare_rows(
     options = {"image_column": image_column, "feature_layers": feature_layers, "seed": training.seed}
     augmentation = data.augmentation(image_side(image_processor))
     rows = []
-    with training.main_process_first(desc="features"):
+    with training.main_process_first(local=False, desc="features"):
         for split, part in (("train", train), ("evaluation", evaluation)):
             views = data.feature_views if split == "train" else 1
             features = compute_features(

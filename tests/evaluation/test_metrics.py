@@ -1,6 +1,7 @@
 """The metrics themselves, against numbers worked out by hand and those of the COCO evaluation's own code."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -92,6 +93,30 @@ def test_captions_score_as_in_pycocoevalcap():
     assert bleu4(tokens, references) == pytest.approx(0.525840753, abs=1e-6)
     assert cider_d(tokens, references) == pytest.approx(3.182933909, abs=1e-6)
     assert rouge_l(tokens, references) == pytest.approx(0.748641490, abs=1e-6)
+
+
+def test_captions_score_as_pycocoevalcap_scores_them():
+    """Against the package itself, where it is installed; its other metrics need Java and are left out."""
+    pytest.importorskip("pycocoevalcap")
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    generator = random.Random(0)
+    words = sorted({word for caption, refs in CAPTIONS for text in (caption, *refs) for word in text.split()})
+
+    def text(start):
+        return " ".join(generator.choice(words) if generator.random() < 0.3 else word for word in start.split())
+
+    chosen = [generator.choice(CAPTIONS) for _ in range(60)]
+    candidates = {i: [text(caption)] for i, (caption, _) in enumerate(chosen)}
+    references = {i: [text(ref) for ref in refs] for i, (_, refs) in enumerate(chosen)}
+    tokens = [candidates[i][0].split() for i in range(60)]
+    ref_tokens = [[ref.split() for ref in references[i]] for i in range(60)]
+    theirs = Bleu(4).compute_score(references, candidates, verbose=0)[0][3]
+    assert bleu4(tokens, ref_tokens) == pytest.approx(theirs, abs=1e-6)
+    assert cider_d(tokens, ref_tokens) == pytest.approx(Cider().compute_score(references, candidates)[0], abs=1e-6)
+    assert rouge_l(tokens, ref_tokens) == pytest.approx(Rouge().compute_score(references, candidates)[0], abs=1e-6)
 
 
 def test_cider_d_by_hand():

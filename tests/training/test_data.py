@@ -69,6 +69,10 @@ def test_unreadable_images_are_left_out_counted_and_listed(folder, tmp_path):
     assert listed == skipped.entries()
     assert [entry["image"].split("/")[-1] for entry in listed] == [ROWS[3]["file_name"], ROWS[5]["file_name"]]
     assert listed[0]["error"].startswith("OSError") and "UnidentifiedImageError" in listed[1]["error"]
+    resumed = SkippedImages(path, resume=True)
+    resumed.add(**listed[0])
+    assert resumed.entries() == listed and len(path.read_text().splitlines()) == 2
+    assert len(SkippedImages(path)) == 0
     with pytest.raises(ValueError, match="Not one image of 'train' \\(2 rows\\)"):
         load_data(data_files={"train": _csv(folder, [3, 5])}, image_column="picture")
 

@@ -86,3 +86,15 @@ def test_folder(run):
     result = run("folder", "--images", "5", "--batch_size", "2", "--new_tokens", "4")
     check(result, 1)
     assert all(row["same_captions"] == 1 for row in result["rows"].values())
+
+
+@pytest.mark.slow
+def test_growth(run, tmp_path):
+    picture = tmp_path / "growth.png"
+    sizes = ["--batch_sizes", "1", "2", "--num_beams", "1", "2", "--train_batch_sizes", "2", "4", "--chunk_size", "2"]
+    losses = ["--vocabularies", "4096", "65536", "--texts", "8", "64", "--new_tokens", "3", "--picture", str(picture)]
+    curves = run("growth", *sizes, *losses)["curves"]
+    assert picture.stat().st_size > 10_000
+    over_vocabulary = curves["Captioning loss over the vocabulary"]["lines"]
+    assert over_vocabulary["ours"][-1] < over_vocabulary["logits of all tokens"][-1]
+    assert all(math.isfinite(value) for curve in curves.values() for line in curve["lines"].values() for value in line)

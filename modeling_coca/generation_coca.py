@@ -108,7 +108,9 @@ class CocaGuidanceLogitsProcessor(LogitsProcessor):
 
     Args:
         model ([`CocaForConditionalGeneration`]): the model that generates.
-        guidance_scale (`float`): 1 changes nothing; 1.5 to 3 make captions more specific, and less like a person's.
+        guidance_scale (`float`):
+            1 changes nothing; 1.5 to 3 make captions more specific, and less like a person's. The paper's models are trained
+            for it: some rows have the null image (`pixel_values` of 0, and `contrastive_mask` false).
         null_image_tokens (`(1, Q, D)`): image tokens of the null image, see `get_null_image_tokens`.
         attention_mask (`(B, T)`, *optional*): the prompt's mask, where rows are padded on the left.
         use_cache (`bool`): whether to keep keys and values.

@@ -1717,11 +1717,12 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
         """
         log p(text | image), of every text given every image: the sum over the text's tokens, its EOS included.
 
-        Unlike the contrastive similarity it is sensitive to the order of words and to details; and it likes short and
-        common texts, whatever the image. `language_prior` takes that away: with weight a, the score is
-        `log p(text | image) - a * log p(text)` (arXiv 2306.01879, 2311.17072), the second being that of null images. At 1
-        it is the pointwise mutual information, for choosing a text for an image; the papers find 0.5 to 0.9 where the texts
-        differ in quality too. Choosing an image for a text needs no prior, as it is the same for all images.
+        Unlike the contrastive similarity it sees the order of words and details, and the two add up: to re-rank, take their sum
+        with `logits_per_image`. But it prefers short and common texts, whatever the image. `language_prior` takes that away:
+        with weight a, the score is `log p(text | image) - a * log p(text)` (arXiv 2306.01879, 2311.17072), the second being
+        that of null images; at 1 it is the pointwise mutual information. It is for choosing between texts that are not equally
+        natural; where all of them are captions like those of the training it does harm. Choosing an image for a text needs no
+        prior, which is the same for all images.
 
         Args:
             input_ids (`(texts, T)`), attention_mask: whole texts, from BOS to EOS, padded on either side.
@@ -1731,8 +1732,9 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
                 before the answer. By default all but BOS count.
             pairs (`bool`): text `i` given image `i` only, or, with k texts an image, given image `i // k`.
             language_prior (`float`): the weight a.
-            null_image_tokens (`(K, Q, D)`, *optional*): image tokens whose mean p(text) is the prior, e.g. of noise or of training
-                images; by default those of [`~CocaForConditionalGeneration.get_null_image_tokens`].
+            null_image_tokens (`(K, Q, D)`, *optional*): image tokens whose mean p(text) is the prior; by default those of
+                [`~CocaForConditionalGeneration.get_null_image_tokens`]. For a model that never saw a null image, a few hundred
+                training images estimate it better.
             batch_size (`int`): texts, or images, in the network at a time. Each image is encoded once, and each text's
                 unimodal states are computed once.
             interpolate_pos_encoding (`bool`): take images of another size than `image_size`.

@@ -5,6 +5,7 @@ for those who do not have the package: `pipeline("image-captioning", model=..., 
 """
 
 import importlib
+import json
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
+from transformers.utils import find_adapter_config_file
 
 ANSWER_HEAD = "CocaForVisualQuestionAnswering"
 
@@ -117,7 +119,18 @@ class AutoModelForCocaVqa:
     @classmethod
     def from_pretrained(cls, name: str, **kwargs) -> PreTrainedModel:
         where = ("cache_dir", "local_files_only", "revision", "token", "trust_remote_code")
-        config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in where if key in kwargs})
+        where = {key: kwargs[key] for key in where if key in kwargs}
+        try:
+            config = AutoConfig.from_pretrained(name, **where)
+        except (OSError, ValueError):
+            trust = where.pop("trust_remote_code", None)
+            adapter = find_adapter_config_file(name, **where)
+            if adapter is None:
+                raise
+            where.pop("revision", None)  # the adapter's
+            with open(adapter, encoding="utf-8") as file:
+                base_model = json.load(file)["base_model_name_or_path"]
+            config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust, **where)
         has_head = ANSWER_HEAD in (config.architectures or [])
         auto_class = AutoModelForVisualQuestionAnswering if has_head else AutoModelForImageTextToText
         return auto_class.from_pretrained(name, **kwargs)

@@ -375,6 +375,31 @@ def test_questions_answered_from_a_list(answers_folder, processor, images):
     assert vqa(images[0], questions[0], top_k=2) == expected(logits[0].sigmoid(), 2)
 
 
+@pytest.fixture(scope="module", params=[CocaForConditionalGeneration, CocaForVisualQuestionAnswering])
+def adapter(request, folder, answers_folder, processor, tmp_path_factory):
+    peft = pytest.importorskip("peft")
+    base = folder if request.param is CocaForConditionalGeneration else answers_folder
+    model = peft.get_peft_model(request.param.from_pretrained(base), peft.LoraConfig(target_modules=["fc1"]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    path = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return base, str(path), model.merge_and_unload()
+
+
+def test_questions_to_an_adapter(adapter, images, recwarn):
+    base, folder, merged = adapter
+    vqa = pipeline("coca-vqa", model=folder)
+    assert type(vqa.model) is type(merged)
+    answers = vqa(images[0], "what is it?")
+    assert answers != pipeline("coca-vqa", model=base)(images[0], "what is it?")
+    vqa.model = merged
+    assert answers[0] == pytest.approx(vqa(images[0], "what is it?")[0])
+    recwarn.clear()  # PEFT calls transformers by names of yesterday
+
+
 def test_one_question_for_all_images(answers_folder, images):
     vqa = pipeline("coca-vqa", model=answers_folder, top_k=2)
     assert vqa(images, "what is it?") == [vqa(image, "what is it?") for image in images]

@@ -4,7 +4,9 @@ import sys
 
 import typer
 
+from .ask import ask
 from .caption import caption
+from .classify import classify
 from .convert import convert
 from .index import index
 from .search import search
@@ -26,7 +28,9 @@ def options() -> None:
     """Keeps `coca VERB` the form of the command, however many verbs there are."""
 
 
+app.command()(ask)
 app.command()(caption)
+app.command()(classify)
 app.command("convert")(convert)
 app.command()(index)
 app.command()(search)

@@ -30,7 +30,8 @@ class CocaCaptioner:
             unless `num_beams` is at least that many.
         num_captions (`int`, defaults to 1): captions to keep, different ones; fewer where there are not as many.
         embeddings (`bool`, defaults to `False`): give the image's embedding, too.
-        answer_only (`bool`, defaults to `False`): leave the prompt out of the text: what a question is answered by.
+        answer_only (`bool`, defaults to `False`):
+            The prompt is a question: rows have the text after it, as `answer` instead of `caption`, and no score.
         **generation_kwargs: of `generate`: `num_beams`, `max_new_tokens`, `do_sample`, `temperature`, `top_p`, ...
 
     Example:
@@ -109,6 +110,8 @@ class CocaCaptioner:
         for i in range(len(image_tokens)):
             ranked = sorted(candidates[i * self.best_of : (i + 1) * self.best_of], key=lambda c: -c["score"])
             row = dict(ranked[0])
+            if self.answer_only:
+                row = {"answer": row["caption"], "log_prob": row["log_prob"], "num_tokens": row["num_tokens"]}
             if self.num_captions > 1:
                 row["captions"] = list({c["caption"]: c for c in reversed(ranked)}.values())[::-1][: self.num_captions]
             if self.embeddings:
@@ -207,4 +210,28 @@ def caption_images(
     )
 
 
-__all__ = ["CocaCaptioner", "caption_images"]
+def ask_images(
+    images: Any, question: str, output: str | os.PathLike | None = None, **kwargs: Any
+) -> list[dict[str, Any]] | dict[str, Any] | None:
+    """
+    Asks the same question about all images of a source: the model goes on writing after it. What `coca ask` does.
+
+    Args:
+        question (`str`): of a kind that the model was trained with.
+        images, output, **kwargs, returns: see [`caption_images`]. Rows have `answer`, its `log_prob` and `num_tokens`.
+
+    Example:
+
+    ```python
+    >>> from modeling_coca.inference import ask_images
+
+    >>> ask_images("apple.png", "what color is it?", model="outputs/quickstart")[0]["answer"]  # doctest: +SKIP
+    'red'
+    ```
+    """
+    if not question.strip():
+        raise ValueError("The `question` is empty.")
+    return caption_images(images, output, prompt=question, answer_only=True, **kwargs)
+
+
+__all__ = ["CocaCaptioner", "ask_images", "caption_images"]

@@ -228,8 +228,13 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
     # Given, as a part may have no value in a column
     caption = {"caption": pa.string(), "log_prob": pa.float32(), "num_tokens": pa.int32(), "score": pa.float32()}
-    types = {"id": pa.string(), **caption, "error": pa.string()}
-    types |= {"captions": pa.list_(pa.struct(caption)), _EMBEDDING: pa.list_(pa.float32())}
+    label = {"label": pa.string(), "score": pa.float32()}
+    types = {"id": pa.string(), "answer": pa.string(), **caption, **label, "error": pa.string()}
+    types |= {
+        "labels": pa.list_(pa.struct(label)),
+        "captions": pa.list_(pa.struct(caption)),
+        _EMBEDDING: pa.list_(pa.float32()),
+    }
     names = list(dict.fromkeys([*(name for row in rows for name in row), "error"]))
     columns = {name: pa.array([row.get(name) for row in rows], type=types.get(name)) for name in names}
     pq.write_table(pa.table(columns), path)

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import torch
 
 from modeling_coca import CocaForConditionalGeneration, CocaProcessor
 from modeling_coca.evaluation import CaptioningEvaluator, RetrievalEvaluator, ZeroShotClassificationEvaluator
@@ -131,7 +132,7 @@ def arguments(args: argparse.Namespace, data: str, out: Path, epochs: float, mor
         *("--text_column", "caption", "--feature_cache", str(args.output_dir / f"features-{data}")),
         *("--output_dir", str(out), "--num_train_epochs", str(epochs), "--per_device_train_batch_size", "128"),
         *("--attn_implementation", "eager", "--bf16", "True", "--save_strategy", "no", "--report_to", "none"),
-        *("--seed", str(args.seed), *VIEWS.split(), *more.split()),
+        *("--use_cpu", str(not torch.cuda.is_available()), "--seed", str(args.seed), *VIEWS.split(), *more.split()),
     ]
 
 

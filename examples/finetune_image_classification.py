@@ -39,13 +39,12 @@ class ClassificationArguments:
 class ClassificationCollator(CocaDataCollator):
     """Images with the number of their class."""
 
-    def __init__(self, processor, label_column: str, label2id: dict[str, int], **image_columns: str):
+    def __init__(self, processor, label_column: str, number_of: dict[str | int, int], **image_columns: str):
         super().__init__(processor, **image_columns)
-        self.label_column, self.label2id = label_column, label2id
+        self.label_column, self.number_of = label_column, number_of
 
     def __call__(self, rows):
-        labels = [row[self.label_column] for row in rows]
-        labels = [label if isinstance(label, int) else self.label2id[label] for label in labels]
+        labels = [self.number_of[row[self.label_column]] for row in rows]
         return {**self._images(rows), "labels": torch.tensor(labels)}
 
 
@@ -62,12 +61,17 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     column = classification.label_column
     splits = load_splits(data, training, label_column=column)
     feature = splits.train.features[column]
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(set(splits.train[column][:]))
-    names = [str(name) for name in names]
-    label2id = {name: i for i, name in enumerate(names)}
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    classes = sorted(set(splits.train[column])) if names is None else range(len(names))
+    if splits.evaluation is not None and (unknown := set(splits.evaluation[column]) - set(classes)):
+        raise ValueError(f"Column {column!r} has classes in evaluation that training lacks: {sorted(unknown)[:10]}.")
+    names = names or [str(value) for value in classes]
 
     model, processor = load_model(
-        arguments, CocaForImageClassification, id2label=dict(enumerate(names)), label2id=label2id
+        arguments,
+        CocaForImageClassification,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
     )
     if classification.freeze_encoder:
         freeze(model, "vision_model")
@@ -77,7 +81,9 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     trainer = CocaTrainer(
         model=model,
         args=training,
-        data_collator=ClassificationCollator(processor, column, label2id, **rows.image_columns),
+        data_collator=ClassificationCollator(
+            processor, column, {value: i for i, value in enumerate(classes)}, **rows.image_columns
+        ),
         train_dataset=rows.train,
         eval_dataset=rows.evaluation,
         compute_metrics=accuracy,

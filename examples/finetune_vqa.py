@@ -98,7 +98,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         compute_metrics=accuracy if questions.form == "classify" else None,
         callbacks=callbacks_of(arguments),
     )
-    if questions.form == "generate":
+    if questions.form == "generate" and rows.evaluation is not None:
         columns = {"question_column": question_column, "answer_column": answer_column}
         limit = {"max_new_tokens": 16}
         trainer.add_callback(

@@ -57,7 +57,8 @@ class DataArguments:
         default=None, metadata={"help": f"By default the first of {', '.join(_EVAL_SPLITS)}."}
     )
     eval_share: float = field(
-        default=0.05, metadata={"help": "Rows of training held out where there is no such split."}
+        default=0.05,
+        metadata={"help": "Share of the training rows to evaluate on where there is no such split; 0 for none."},
     )
     image_column: str = "image"
     text_column: str = field(default="text", metadata={"help": "Caption, list of captions, or class label."})
@@ -187,6 +188,8 @@ def load_splits(data: DataArguments, training: TrainingArguments, **columns: str
         train = found[train_split]
         if data.streaming:  # evaluators need to know how many rows there are
             evaluation = None if eval_split is None else list(found[eval_split].take(data.max_eval_samples or 1000))
+        elif eval_split is None and not data.eval_share:
+            evaluation = None
         elif eval_split is None:
             parts = train.train_test_split(data.eval_share, seed=training.seed)
             train, evaluation = parts["train"], parts["test"]
@@ -201,7 +204,7 @@ def load_splits(data: DataArguments, training: TrainingArguments, **columns: str
             if column not in known:
                 raise ValueError(missing_column(column, f"--{argument}", known))
         if not data.streaming:
-            train, evaluation = (_name_labels(rows, data.text_column) for rows in (train, evaluation))
+            train, evaluation = (rows and _name_labels(rows, data.text_column) for rows in (train, evaluation))
     return Splits(train, evaluation, skipped)
 
 
@@ -257,6 +260,9 @@ def prepare_rows(
     rows = []
     with training.main_process_first(local=False, desc="features"):
         for split, part in (("train", train), ("evaluation", evaluation)):
+            if part is None:
+                rows.append(None)
+                continue
             views = data.feature_views if split == "train" else 1
             features = compute_features(
                 part,

@@ -19,6 +19,7 @@ from ..evaluation.evaluator import unwrap
 from ..training.freezing import count_parameters
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
+DESCRIPTION = "A [CoCa](https://arxiv.org/abs/2205.01917) (Contrastive Captioners), a model of images and texts."
 TAGS = ("coca", "image-captioning", "zero-shot-image-classification")
 
 # class -> task tag of the Hub, and code that uses it
@@ -226,17 +227,13 @@ def model_card(
     'zero-shot-image-classification'
     ```
     """
-    task, code = USES[type(model).__name__]
+    task, code = _use(model)
     trust = ", trust_remote_code=True" if with_code else ""
     imports = (
         "from transformers import pipeline\n"
         if with_code
         else "import modeling_coca\nfrom transformers import pipeline\n"
     )
-    if description is None:
-        description = (
-            "A [CoCa](https://arxiv.org/abs/2205.01917) (Contrastive Captioners), a model of images and texts."
-        )
     metadata = ModelCardData(
         **{
             "library_name": "transformers",
@@ -250,7 +247,7 @@ def model_card(
         metadata,
         model,
         name=name,
-        description=description,
+        description=description or DESCRIPTION,
         usage=f"```python\n{imports}\n{code.format(folder=name, trust=trust)}\n```",
         parameters=parameters,
         notes=notes,
@@ -288,14 +285,18 @@ def training_card(
     evaluated = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
     source = _source(evaluated)
     dataset_ids = _listed(dataset_tags) or ([source["id"]] if source["id"] else [])
-    base_model = finetuned_from
-    if base_model is None and not os.path.isdir(getattr(model.config, "_name_or_path", "")):
-        base_model = model.config._name_or_path or None
+    start = finetuned_from or getattr(model.config, "_name_or_path", "")
+    base_model = None if not start or os.path.isdir(start) else start
+    description = DESCRIPTION
+    if base_model is not None:
+        description += f" It starts from [{base_model}](https://huggingface.co/{base_model})."
+    elif start:
+        description += " It starts from another checkpoint, which is not on the Hub."
 
     figures = _last_figures(state.log_history)
     results = [
         EvalResult(
-            task_type=(_listed(tasks) or [task or USES[type(model).__name__][0]])[0],
+            task_type=(_listed(tasks) or [task or _use(model)[0]])[0],
             dataset_type=(dataset_ids or ["unknown"])[0],
             dataset_name=(_listed(dataset) or dataset_ids or ["evaluation set"])[0],
             dataset_config=source["config"],
@@ -307,9 +308,6 @@ def training_card(
         )
         for key, (task, metric, value) in figures.items()
     ]
-    started = (
-        f"starts from [{base_model}](https://huggingface.co/{base_model})" if base_model else "is trained from scratch"
-    )
     sections = {"Training data": _data_table(trainer)}
     if (command := _command()) is not None:
         sections["Command"] = f"```bash\n{command}\n```"
@@ -319,8 +317,7 @@ def training_card(
     return model_card(
         model,
         name,
-        description="A [CoCa](https://arxiv.org/abs/2205.01917) (Contrastive Captioners), a model of images and texts. It "
-        f"{started}.",
+        description=description,
         parameters={"trained": readable(count_parameters(model).trainable)},
         sections=sections,
         tags=["generated_from_trainer", *_listed(tags)],
@@ -331,6 +328,13 @@ def training_card(
         metrics=list(dict.fromkeys(metric for _, metric, _ in figures.values())) or None,
         eval_results=results or None,
     )
+
+
+def _use(model: PreTrainedModel) -> tuple[str, str]:
+    for parent in type(model).__mro__:
+        if parent.__name__ in USES:
+            return USES[parent.__name__]
+    raise ValueError(f"`model` must be one of this package, got {type(model).__name__}.")
 
 
 def _listed(value: str | Sequence[str] | None) -> list[str]:
@@ -367,7 +371,11 @@ def _data_table(trainer: Trainer) -> str:
 
 
 def _settings_table(trainer: Trainer) -> str:
-    settings = extract_hyperparameters_from_trainer(trainer)
+    settings, args = extract_hyperparameters_from_trainer(trainer), trainer.args
+    settings.pop("training_steps", None)  # planned; those that were done are below
+    optimizer = getattr(args.optim, "value", args.optim)
+    betas = f", betas {args.adam_beta1} and {args.adam_beta2}" if "adam" in optimizer else ""
+    settings["optimizer"] = f"{optimizer}{betas}, weight decay {args.weight_decay}"
     config = unwrap(trainer.model).config
     for field in ("contrastive_loss", "contrastive_loss_weight", "caption_loss_weight"):
         if hasattr(config, field):

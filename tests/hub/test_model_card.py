@@ -30,8 +30,7 @@ def build(name, config):
     return getattr(modeling_coca, name)(parts.get(name, config))
 
 
-# ----------------------------------------------------------------------------------------------------- model without
-# training
+# -------------------------------------------------------------------------------------------- a card of any model
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -154,7 +153,8 @@ def test_a_training_card_tells_data_settings_and_results(trainer):
     table = text[text.index("## Results") :].split("\n\n")[1].splitlines()
     assert table[0].startswith("| step | epoch | training loss | loss |") and "| bleu4 |" in table[0]
     assert [row.split("|")[1].strip() for row in table[2:]] == ["2", "4"]
-    assert "is trained from scratch" in text
+    assert "| optimizer | adamw_torch_fused, betas 0.9 and 0.999, weight decay 0.0 |" in text
+    assert "It starts from" not in text
 
 
 def test_a_data_set_of_the_hub_is_told_by_its_repository(trainer, rows, monkeypatch):
@@ -194,6 +194,8 @@ def test_the_trainer_writes_its_card(trainer, tmp_path):
     assert card.data.base_model == "someone/coca" and card.data.datasets == ["someone/foxes"]
     assert "starts from [someone/coca](https://huggingface.co/someone/coca)" in card.text
     assert {result.dataset_name for result in card.data.eval_results} == {"Foxes"}
+    trainer.model.config._name_or_path = str(tmp_path)
+    assert "It starts from another checkpoint, which is not on the Hub." in training_card(trainer).text
     # it goes with the exported model
     folder = export_to_folder(trainer.model, trainer.data_collator.processor, tmp_path / "fox", card)
     assert ModelCard.load(folder / "README.md").data.to_dict() == card.data.to_dict()

@@ -71,6 +71,7 @@ class CocaVisionConfig(PreTrainedConfig):
 
     model_type = "coca_vision_model"
     base_config_key = "vision_config"
+    base_model_fsdp_plan: ClassVar = {"layers.*": "free_full_weight"}
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -158,6 +159,7 @@ class CocaTextConfig(PreTrainedConfig):
 
     model_type = "coca_text_model"
     base_config_key = "text_config"
+    base_model_fsdp_plan: ClassVar = {"layers.*": "free_full_weight"}
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -299,6 +301,7 @@ class CocaConfig(PreTrainedConfig):
     """
 
     model_type = "coca"
+    base_model_fsdp_plan: ClassVar = {}  # the parts have theirs
     sub_configs_defaults: ClassVar = {
         "text_config": CocaTextConfig,
         "vision_config": SubConfigSpec(AutoConfig, model_type="coca_vision_model"),

@@ -154,7 +154,8 @@ def _cross_entropy_in_chunks(hidden: torch.Tensor, lm_head: torch.nn.Module, lab
     """For any output layer: the logits of a chunk are computed again in the backward pass."""
 
     def chunk_loss(hidden, labels):
-        return F.cross_entropy(lm_head(hidden).float(), labels, reduction="sum")
+        logits = lm_head(hidden)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
 
     if len(hidden) <= CHUNK_SIZE:
         return chunk_loss(hidden, labels)

@@ -337,6 +337,14 @@ class CocaLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.layer_scale2(self.mlp(self.layer_norm2(hidden_states))))
 
 
+def _tensor_parallel(attention: tuple[str, ...], mlp: tuple[str, ...]) -> dict[str, str]:
+    """Tensor-parallel plan: attention is split by heads, MLPs by channels, in the modules of these names."""
+    by_heads = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "out_proj": "rowwise"}
+    by_channels = {"fc1": "colwise", "fc2": "rowwise"}
+    plan = {f"{module}.{name}": style for module in attention for name, style in by_heads.items()}
+    return {**plan, **{f"{module}.{name}": style for module in mlp for name, style in by_channels.items()}}
+
+
 # ------------------------------------------------------------------------------------------------------------- images
 
 
@@ -501,12 +509,8 @@ class CocaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # The contrastive loss is no mean over tokens, so `Trainer` must not rescale the loss by their number
     accepts_loss_kwargs = False
-    _no_split_modules = [
-        "CocaVisionEmbeddings",
-        "CocaLayer",
-        "CocaDecoderLayer",
-        "CocaAttentionalPooler",
-    ]
+    # Each part names its own: FSDP refuses a name that the model has not
+    _no_split_modules = []
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -641,6 +645,8 @@ class CocaVisionModel(CocaPreTrainedModel):
     """
 
     config: CocaVisionConfig
+    _no_split_modules = ["CocaVisionEmbeddings", "CocaLayer"]
+    _tp_plan = _tensor_parallel(("layers.*.self_attn",), ("layers.*.mlp",))
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _can_record_outputs = {"hidden_states": CocaLayer, "attentions": CocaAttention}
@@ -711,6 +717,9 @@ class CocaTextModel(CocaPreTrainedModel):
     """
 
     config: CocaTextConfig
+    _no_split_modules = ["CocaLayer"]
+    _tp_plan = _tensor_parallel(("layers.*.self_attn",), ("layers.*.mlp",))
+    _fsdp_plan = {"embed_tokens": "free_full_weight"}
     input_modalities = ("text",)
     _input_embed_layer = "embed_tokens"
     _can_record_outputs = {
@@ -885,6 +894,8 @@ class CocaModel(CocaPreTrainedModel):
 
     def __init__(self, config: CocaConfig):
         super().__init__(config)
+        if config.pooler_type != "none":
+            self._no_split_modules = ["CocaAttentionalPooler"]
         self.vision_model = _build_vision_model(config)
         self.image_pooler = CocaImagePooler(config, _vision_hidden_size(config))
         self.text_model = CocaTextModel._from_config(config.text_config)
@@ -1265,6 +1276,11 @@ class CocaTextDecoder(CocaPreTrainedModel):
     """The multimodal stack on top of the unimodal one. It has no embeddings of its own."""
 
     config: CocaTextConfig
+    _no_split_modules = ["CocaDecoderLayer"]
+    _tp_plan = _tensor_parallel(
+        ("layers.*.self_block.self_attn", "layers.*.cross_block.cross_attn"),
+        ("layers.*.self_block.mlp", "layers.*.cross_block.mlp"),
+    )
     input_modalities = ("text",)
     main_input_name = "inputs_embeds"
     _can_record_outputs = {
@@ -1406,6 +1422,8 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
     ```
     """
 
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     _tied_weights_keys = {"lm_head.weight": "model.text_model.embed_tokens.weight"}
 
     def __init__(self, config: CocaConfig):
@@ -1649,6 +1667,12 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
         ):  # FSDP gathers weights layer by layer, so all processes have to run the layers equally often
             dist.all_reduce(num_chunks, dist.ReduceOp.MAX, group=group)
         num_chunks = int(num_chunks)
+        if batch_size < num_chunks:
+            raise ValueError(
+                f"This process has {batch_size} rows, and another has enough for {num_chunks} chunks of {chunk_size} "
+                "(`contrastive_chunk_size`): give all processes batches of about the same size "
+                "(`dataloader_drop_last=True` leaves a short last one out)."
+            )
 
         def chunk_of(value: Any, i: int) -> Any:
             is_batch = isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == batch_size
@@ -1861,6 +1885,7 @@ class CocaForImageClassification(CocaPreTrainedModel):
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _no_split_modules = ["CocaAttentionalPooler"]
     _keys_to_ignore_on_load_unexpected = [
         r"^text_decoder\.",
         r"^lm_head\.",

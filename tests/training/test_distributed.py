@@ -1,0 +1,166 @@
+"""Several processes train as one: DDP and FSDP2 on gloo, tensor parallelism, and the engines that `accelerate launch` starts."""
+
+import copy
+import functools
+import tempfile
+import types
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.nn.parallel import DistributedDataParallel
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from modeling_coca import CocaForConditionalGeneration
+
+TOLERANCE = {"rtol": 1e-8, "atol": 1e-10}  # in fp64
+
+
+def spawn(function, processes, *args):
+    """Runs `function(rank, *args)` in gloo processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_start, (function, processes, folder, *args), nprocs=processes)
+
+
+def _start(rank, function, processes, folder, *args):
+    torch.set_num_threads(1)
+    # A collective that torch is about to drop must not be used
+    warnings.filterwarnings("error", message=r".*torch\.distributed.*deprecated.*", category=FutureWarning)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+    try:
+        function(rank, *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def make_batch(rows):
+    """Captions of different lengths, so that processes have different numbers of labels."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.arange(rows)[:, None] * 5 % 7 + 3
+    input_ids = torch.randint(3, 500, (rows, 9), generator=generator)
+    attention_mask = (torch.arange(9) < lengths).long()
+    return {
+        "input_ids": input_ids * attention_mask,
+        "attention_mask": attention_mask,
+        "labels": input_ids.masked_fill(attention_mask == 0, -100),
+        "pixel_values": torch.randn(rows, 3, 32, 32, generator=generator, dtype=torch.float64),
+    }
+
+
+def rows_of(batch, rank, counts):
+    start = sum(counts[:rank])
+    return {name: value[start : start + counts[rank]] for name, value in batch.items()}
+
+
+def mean_losses(outputs):
+    values = [outputs.loss, outputs.get("contrastive_loss"), outputs.get("caption_loss")]
+    values = torch.stack([value.detach() for value in values if value is not None])
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
+
+
+def fsdp2(model):
+    """Sharded by the function that accelerate's FSDP2 calls; accelerate itself takes FSDP on accelerators only."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
+    )
+    state = types.SimpleNamespace(fsdp_plugin=plugin)
+    accelerator = types.SimpleNamespace(
+        state=state, device=torch.device("cpu"), mixed_precision="no", is_main_process=False, torch_device_mesh=None
+    )
+    return fsdp2_prepare_model(accelerator, model)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def assert_trains_as_one(rank, wrap, model, batch, counts, **kwargs):
+    """Losses and gradients of `wrap(model)` on each process's rows are those of one process on all of them."""
+    one = copy.deepcopy(model).train()
+    one._loss_group = lambda: None  # a process on its own
+    expected = one(**batch)
+    expected.loss.backward()
+    expected_grads = {name: p.grad for name, p in one.named_parameters()}
+
+    several = wrap(copy.deepcopy(model).train())
+    outputs = several(**rows_of(batch, rank, counts), **kwargs)
+    outputs.loss.backward()
+    names = ("loss", "contrastive_loss", "caption_loss")
+    expected = torch.stack([expected[name].detach() for name in names if expected.get(name) is not None])
+    torch.testing.assert_close(mean_losses(outputs), expected, **TOLERANCE)
+    for name, parameter in several.named_parameters():
+        grad, expected_grad = whole(parameter.grad), expected_grads[name.removeprefix("module.")]
+        torch.testing.assert_close(grad, expected_grad, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def check_ddp_and_fsdp2(rank, configs):
+    processes = dist.get_world_size()
+    even, uneven = [4] * processes, [4 + r for r in range(processes)]
+    for config in configs:
+        torch.manual_seed(0)
+        model = CocaForConditionalGeneration(config).double()
+        run = functools.partial(assert_trains_as_one, rank)
+        batch = make_batch(sum(even))
+        run(DistributedDataParallel, model, batch, even)
+        run(DistributedDataParallel, model, batch, even, contrastive_chunk_size=3)
+        run(DistributedDataParallel, model, make_batch(sum(uneven)), uneven)
+        run(DistributedDataParallel, model, make_batch(sum(uneven)), uneven, contrastive_chunk_size=3)
+        run(fsdp2, model, batch, even)
+        run(fsdp2, model, batch, even, contrastive_chunk_size=3)
+        run(fsdp2, model, make_batch(sum(uneven)), uneven, contrastive_chunk_size=3)
+        masked = {**batch, "contrastive_mask": torch.arange(sum(even)) < 5}  # the last process has one pair, or none
+        run(DistributedDataParallel, model, masked, even)
+        model.gradient_checkpointing_enable()
+        run(fsdp2, model, batch, even)
+        run(fsdp2, model, batch, even, contrastive_chunk_size=3)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ddp_and_fsdp2_train_as_one_process(tiny_config, processes):
+    # Tied weights, and the layout without poolers: FSDP2 wraps both in its own way
+    sigmoid = tiny_config(contrastive_loss="sigmoid", tie_word_embeddings=True, pooler_type="none", num_query_tokens=16)
+    spawn(check_ddp_and_fsdp2, processes, [tiny_config(), sigmoid])
+
+
+def check_native_fsdp2_and_tensor_parallelism(rank, folder):
+    """`from_pretrained(distributed_config=...)` of transformers: losses and gradients, and the tokens, of one process."""
+    torch.manual_seed(0)
+    one = CocaForConditionalGeneration.from_pretrained(folder, dtype=torch.float64).train()
+    batch, counts = make_batch(8), [4, 4]
+    one._loss_group = lambda: None
+    expected = one(**batch)
+    expected.loss.backward()
+    expected_grads = {name: p.grad for name, p in one.named_parameters()}
+    expected_tokens = one.eval().generate(pixel_values=batch["pixel_values"][:2], max_new_tokens=4, do_sample=False)
+
+    for sizes in ({"fsdp_size": 2}, {"tp_size": 2}):
+        several = CocaForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float64, distributed_config=DistributedConfig(**sizes)
+        ).train()
+        # Tensor-parallel processes share a batch
+        rows = rows_of(batch, rank, counts) if "fsdp_size" in sizes else batch
+        for changes in ({}, {"contrastive_chunk_size": 3}):
+            case = f"{sizes} {changes}"
+            several.zero_grad()
+            outputs = several(**rows, **changes)
+            outputs.loss.backward()
+            expected_losses = torch.stack([expected.loss, expected.contrastive_loss, expected.caption_loss]).detach()
+            torch.testing.assert_close(mean_losses(outputs), expected_losses, **TOLERANCE)
+            for name, parameter in several.named_parameters():
+                grad, expected_grad = whole(parameter.grad), expected_grads[name]
+                assert torch.allclose(grad, expected_grad, **TOLERANCE), f"{case} {name}"
+        if "tp_size" in sizes:
+            tokens = several.eval().generate(pixel_values=batch["pixel_values"][:2], max_new_tokens=4, do_sample=False)
+            assert torch.equal(tokens, expected_tokens)
+
+
+@pytest.mark.slow
+def test_distributed_loading_of_transformers(tiny_config, tmp_path, capfd):
+    torch.manual_seed(0)
+    CocaForConditionalGeneration(tiny_config()).save_pretrained(tmp_path)
+    spawn(check_native_fsdp2_and_tensor_parallelism, 2, str(tmp_path))
+    assert "match nothing" not in capfd.readouterr().err  # every rule of the plans names something

@@ -6,7 +6,7 @@ so that a checkpoint from a stranger runs no code.
 
 import json
 import os
-import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -154,15 +154,16 @@ def open_weights(path: Path) -> Mapping[str, torch.Tensor]:
         raise ValueError(f"{path} ({size:,} bytes) is cut off: the end of the file is missing. Download it again.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (pickle.UnpicklingError, AttributeError) as error:
+    except Exception as error:  # whatever bytes can do to an unpickler
+        if refused := _GLOBAL.search(str(error)):
+            raise ValueError(
+                f"{path} is refused: more than tensors is pickled in it, and opening that runs code of whoever wrote it "
+                f"({refused[1]}). If you trust it, load it once yourself with "
+                "`torch.load(path, weights_only=False)` and save its state dict alone with `safetensors.torch.save_file`."
+            ) from error
         raise ValueError(
-            f"{path} is refused: more than tensors is pickled in it, and opening that runs code of whoever wrote it. If you "
-            "trust it, load it once yourself with `torch.load(path, weights_only=False)` and save its state dict alone "
-            f"with `safetensors.torch.save_file`. ({_reason(error)})"
-        ) from error
-    except (EOFError, OSError, RuntimeError, UnicodeDecodeError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(
-            f"{path} ({size:,} bytes) cannot be read: it is cut off or no PyTorch file. ({error})"
+            f"{path} ({size:,} bytes) cannot be read: it is cut off, or no weight file of PyTorch. Download it again. "
+            f"({_last_line(error)})"
         ) from error
     return _state_dict(content, path)
 
@@ -171,12 +172,14 @@ def _can_be_mapped(path: Path) -> bool:
     return path.suffix == ".safetensors" or zipfile.is_zipfile(path)
 
 
-def _reason(error: Exception) -> str:
-    """The line of PyTorch's long message that names what was refused."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next(
-        (line for line in lines if "Unsupported" in line or "GLOBAL" in line), lines[0] if lines else repr(error)
-    )
+# What a pickle wanted to import
+_GLOBAL = re.compile(r"(?:Unsupported global: |unsupported )GLOBAL (\S+)")
+
+
+def _last_line(error: Exception) -> str:
+    """PyTorch puts a page of advice around what happened, which is that anybody may ask for `weights_only=False`."""
+    told = re.search(r"WeightsUnpickler error:\s*(\S.*)", str(error))
+    return told[1] if told else str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:

@@ -454,9 +454,26 @@ def test_pickles_that_need_code_are_refused(checkpoint, sample, tmp_path, zipped
     content = {"state_dict": sample("open_clip_default").state_dict, "hook": Payload(victim)}
     path = source / "open_clip_pytorch_model.bin"
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"refused: more than tensors.*weights_only=False.*save_file"):
+    with pytest.raises(ValueError, match=r"refused: more than tensors.*\(io\.open\).*save_file"):
         convert(source, tmp_path / "out")
     assert not victim.exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"<html>404</html>" * 9, bytes(100), b"", b"PK\x03\x04" + bytes(60)])
+def test_files_that_are_no_weights(tmp_path, content):
+    (tmp_path / "a.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.bin .*bytes\) (cannot be read: it is cut off|is cut off)"):
+        open_weights(tmp_path / "a.bin")
+
+
+def test_old_pickles_that_are_cut_off(sample, tmp_path):
+    path = tmp_path / "a.bin"
+    torch.save(sample("open_clip_default").state_dict, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for size in (4, 40, 2000, len(whole) - 100):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"a\.bin"):
+            open_weights(path)
 
 
 def test_files_without_weights(tmp_path):

@@ -30,14 +30,13 @@ from .families import OwnLayoutError, detect
 from .family import Conversion, Family
 from .open_clip import Export
 from .recipes import Recipe, find_recipe
-from .sources import Checkpoint, Weights, find, read_json, tokenizer_files
+from .sources import RELEASE_AFTER, Checkpoint, Weights, find, read_json, tokenizer_files
 
 logger = logging.get_logger(__name__)
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
 _CLIP_VOCAB_SIZE = 49408
 _CONCH_VOCAB_SIZE = 32007
-_RELEASE_AFTER = 2**27  # bytes that are read before the source is closed and opened again, which unmaps them
 
 
 class Found(NamedTuple):
@@ -418,7 +417,7 @@ def write_safetensors(
             update(count)
             since_release += count
             del tensor
-            if since_release > _RELEASE_AFTER:
+            if since_release > RELEASE_AFTER:
                 release()
                 since_release = 0
     release()

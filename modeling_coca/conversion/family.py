@@ -7,6 +7,7 @@ import torch
 
 from ..configuration_coca import CocaConfig
 from ..modeling_coca import CocaForConditionalGeneration, CocaModel
+from .sources import RELEASE_AFTER, Weights
 from .table import SCALAR, Match, Row, Shapes, differences, match, strip_wrappers, write_out
 
 
@@ -115,7 +116,14 @@ class Conversion:
         self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
     ) -> dict[str, torch.Tensor]:
         """Our state dict, each tensor copied once; `dtype=None` keeps the checkpoint's."""
-        return {name: _own(tensor, dtype) for name, tensor in self.tensors(weights)}
+        state_dict, copied = {}, 0
+        for name, tensor in self.tensors(weights):
+            state_dict[name] = torch.empty(tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor)
+            copied += tensor.nbytes
+            if copied > RELEASE_AFTER and isinstance(weights, Weights):
+                weights.release()
+                copied = 0
+        return state_dict
 
     def load(
         self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
@@ -123,7 +131,3 @@ class Conversion:
         """The model in eval mode, which shares no memory with `weights`."""
         self.model.load_state_dict(self.state_dict(weights, dtype), assign=True)
         return self.model.eval()
-
-
-def _own(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor)

@@ -37,6 +37,7 @@ _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # What a training script saves beside the weights
 _NO_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "random_states")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+RELEASE_AFTER = 2**27  # bytes that are read before a file is closed and opened again, which unmaps them
 _INDEX_SUFFIX = ".index.json"
 
 

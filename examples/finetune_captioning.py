@@ -6,6 +6,19 @@ both losses are trained. `--freeze`, `--lora_rank` and `--alpha` keep more of th
     python examples/finetune_captioning.py --model_name_or_path outputs/quickstart --dataset_name my_pictures \\
         --text_column caption --freeze vision_model --feature_cache outputs/features \\
         --output_dir outputs/captioner --num_train_epochs 5 --learning_rate 3e-4
+
+Measured by `benchmarks/forgetting.py`: a model of 3 million parameters on a frozen encoder has learned emoji by two
+artists, and is fine-tuned for 4 epochs (96 steps) on 3036 by a third, Twemoji. CIDEr-D of captions of the third's 451
+held-out drawings / zero-shot accuracy among nine groups / an image finds its caption among all 3510, on the first two's
+875 held-out ones (one seed):
+
+    before                                        2.01 / .522 / .400
+    captions only                                 4.75 / .495 / .262
+    captions only, --alpha 0.6                    4.10 / .514 / .343
+    captions only, the decoder alone is trained   3.86 / .522 / .400
+    captions only, --lora_rank 8                  3.37 / .523 / .378
+    both losses                                   4.57 / .565 / .200
+    both losses, --alpha 0.4                      3.37 / .550 / .360
 """
 
 from dataclasses import dataclass, field

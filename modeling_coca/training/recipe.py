@@ -94,6 +94,7 @@ class ModelArguments:
     freeze: list[str] | None = field(default=None, metadata={"help": "Parts to leave as they are, e.g. vision_model."})
     contrastive_loss_weight: float | None = field(default=None, metadata={"help": "By default the model's own."})
     caption_loss_weight: float | None = field(default=None, metadata={"help": "By default the model's own."})
+    dropout: float | None = field(default=None, metadata={"help": "Of the text layers, by default the model's own."})
     ema_decay: float | None = field(
         default=None, metadata={"help": "End with a moving average of the weights, e.g. .999."}
     )
@@ -326,6 +327,8 @@ def load_model(arguments: ModelArguments, model_class: type = CocaForConditional
         for name in ("contrastive_loss_weight", "caption_loss_weight")
         if (value := getattr(arguments, name)) is not None
     }
+    if arguments.dropout is not None:
+        changes["text_config"] = {"dropout": arguments.dropout}
     model = model_class.from_pretrained(
         arguments.model_name_or_path, attn_implementation=arguments.attn_implementation, **changes
     )
@@ -414,6 +417,8 @@ def new_model(
     for name in ("contrastive_loss_weight", "caption_loss_weight"):
         if getattr(arguments, name) is not None:
             fields[name] = getattr(arguments, name)
+    if arguments.dropout is not None:
+        text_config["dropout"] = arguments.dropout
     config = CocaConfig(**{**fields, **changes})
     model = CocaForConditionalGeneration._from_config(config, attn_implementation=arguments.attn_implementation)
     if encoder is not None:

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 
-from modeling_coca import CocaForConditionalGeneration
+from modeling_coca import CocaForConditionalGeneration, CocaImageProcessorPil, CocaProcessor, CocaTokenizer
 from modeling_coca.training.recipe import (
     DataArguments,
     ModelArguments,
@@ -89,3 +90,22 @@ def test_features_need_an_encoder_that_stays(tmp_path, tiny_config):
         prepare_rows(load_splits(data, training), data, training, model.model.vision_model, None)
     with pytest.raises(ValueError, match="--model_name_or_path"):
         load_model(arguments)
+
+
+def test_the_config_is_changed_as_asked_and_nothing_else(tmp_path, tiny_config):
+    saved = CocaForConditionalGeneration(tiny_config())
+    saved.save_pretrained(tmp_path / "model")
+    tokenizer = CocaTokenizer(model_max_length=16).train_new_from_iterator(["a red square"], vocab_size=400)
+    CocaProcessor(CocaImageProcessorPil(size=32), tokenizer).save_pretrained(tmp_path / "model")
+    more = ["--model_name_or_path", tmp_path / "model", "--dropout", 0.25, "--contrastive_loss_weight", 0]
+    _, arguments, _ = parse(tmp_path, *more, "--freeze", "vision_model", "--attn_implementation", "eager")
+    model, _ = load_model(arguments)
+    changed = {**saved.config.to_dict(), "contrastive_loss_weight": 0, "_name_or_path": str(tmp_path / "model")}
+    changed["text_config"]["dropout"] = 0.25
+    ours = model.config.to_dict()
+    for name in ("text_config", "vision_config"):
+        assert {**ours.pop(name), "dtype": None} == {**changed.pop(name), "dtype": None}
+    assert {**ours, "dtype": None} == {**changed, "dtype": None}
+    assert not any(parameter.requires_grad for parameter in model.model.vision_model.parameters())
+    for name, value in saved.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)

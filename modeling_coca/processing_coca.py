@@ -59,16 +59,18 @@ class CocaProcessor(ProcessorMixin):
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, *, num_frames: int = 8, **kwargs):
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """
         Images and texts, or videos and texts, to the model's inputs.
 
         Args:
-            images, text, **kwargs: see [`ProcessorMixin`].
+            images, text: see [`ProcessorMixin`].
             videos: a video or a list of them: paths (decoded by PyAV), or frames as an array `(frames, height, width, 3)` or a
                 list of `PIL.Image.Image`. `pixel_values` are then `(B, frames, channels, height, width)`.
-            num_frames (`int`): frames taken from each video that is given by its path, at even distances.
+            **kwargs: see [`ProcessorMixin`]; and `num_frames` (`int`, defaults to 8), the frames that are taken, at even
+                distances, from each video that is given by its path.
         """
+        num_frames = kwargs.pop("num_frames", 8)
         if videos is None:
             return super().__call__(images, text, audio=audio, **kwargs)
         if images is not None:

@@ -23,8 +23,6 @@ held-out drawings / zero-shot accuracy among nine groups / an image finds its ca
 
 from dataclasses import dataclass, field
 
-from peft import LoraConfig, get_peft_model
-
 from modeling_coca import CocaForConditionalGeneration
 from modeling_coca.evaluation import CaptioningEvaluator, RetrievalEvaluator
 from modeling_coca.training import CocaDataCollator, CocaTrainer, interpolate
@@ -62,6 +60,8 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     model, processor = load_model(arguments)
     vision_model, feature_layers = model.model.vision_model, model.config.vision_feature_layers
     if captioning.lora_rank is not None:
+        from peft import LoraConfig, get_peft_model
+
         lora = LoraConfig(
             r=captioning.lora_rank, lora_alpha=2 * captioning.lora_rank, target_modules=LORA_TARGETS, lora_dropout=0.05
         )

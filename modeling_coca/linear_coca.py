@@ -52,6 +52,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first, for shapes asked for below become guards
+        return False
     return (
         _HAS_ONEDNN
         and type(x) is torch.Tensor
@@ -60,8 +62,6 @@ def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.numel() * weight.shape[0] >= _FEWEST_MULTIPLICATIONS
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
     )
 
 

@@ -581,6 +581,13 @@ class CocaPreTrainedModel(PreTrainedModel):
             if isinstance(module, CocaLinear):
                 module.pack()
 
+    def post_init(self):
+        if getattr(self.config, "quantization_config", None) is not None:
+            for module in self.modules():
+                if type(module) is CocaLinear:
+                    module.__class__ = nn.Linear  # bitsandbytes replaces layers of exactly this class
+        super().post_init()
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
         # For code outside transformers it would skip modules without parameters of their own, such as `CocaAttention`.
         # `_init_weights` here writes through `initialization`, which leaves loaded weights alone, so that is not needed.

@@ -52,6 +52,12 @@ def test_int8(wide_folder, processor, images, quantization_config, tmp_path):
         wide_folder, quantization_config=quantization_config, device_map="cpu"
     ).eval()
     full = CocaForConditionalGeneration.from_pretrained(wide_folder).eval()
+    in_int8 = {name for name, p in model.named_parameters() if type(p) is not torch.nn.Parameter}
+    assert in_int8 == {
+        f"{name}.weight"
+        for name, module in full.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.endswith(("lm_head", "_projection"))
+    }
     texts = ["a red square", "green", "a photo of a blue square."]
     batch = processor(images=images, text=texts, return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

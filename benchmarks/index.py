@@ -15,6 +15,7 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+from transformers.utils import logging
 
 from modeling_coca.retrieval import CocaIndex, choose_kind
 
@@ -38,6 +39,7 @@ def clustered(number: int, dim: int, seed: int, clusters: int = 2000, directions
 
 
 def measure(rows: np.ndarray, queries: np.ndarray, truth: np.ndarray, kind: str) -> dict[str, float | int | str]:
+    logging.disable_progress_bar()
     index = CocaIndex(kind=kind)
     step = 100_000
     for start in range(0, len(rows), step):

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from .caption import report_failures
-from .options import OUTPUT, WRITING, AsJson, BatchSize, Device, Dtype, Model, NumWorkers
+from .options import OUTPUT, WRITING, AsJson, BatchSize, Device, Dtype, FastDecode, Model, NumWorkers
 
 
 def ask(
@@ -41,6 +41,7 @@ def ask(
     as_json: AsJson = False,
     batch_size: BatchSize = 32,
     num_workers: NumWorkers = None,
+    fast_decode: FastDecode = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -64,6 +65,7 @@ def ask(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         num_workers=num_workers,
+        fast_decode=fast_decode,
         device=device,
         dtype=dtype,
     )

@@ -11,6 +11,7 @@ from .options import (
     BatchSize,
     Device,
     Dtype,
+    FastDecode,
     IdColumn,
     ImageColumn,
     Images,
@@ -128,6 +129,7 @@ def caption(
     id_column: IdColumn = None,
     batch_size: BatchSize = 32,
     num_workers: NumWorkers = None,
+    fast_decode: FastDecode = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -151,6 +153,7 @@ def caption(
         model=model,
         batch_size=batch_size,
         num_workers=num_workers,
+        fast_decode=fast_decode,
         device=device,
         dtype=dtype,
         source_kwargs={

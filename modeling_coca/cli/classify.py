@@ -6,7 +6,20 @@ from typing import Annotated
 import typer
 
 from .caption import report_failures
-from .options import OUTPUT, AsJson, BatchSize, Device, Dtype, IdColumn, ImageColumn, Images, Model, NumWorkers, Split
+from .options import (
+    OUTPUT,
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    FastDecode,
+    IdColumn,
+    ImageColumn,
+    Images,
+    Model,
+    NumWorkers,
+    Split,
+)
 
 CLASSES, EVALUATION = "Classes", "Evaluation"
 
@@ -100,6 +113,7 @@ def classify(
     id_column: IdColumn = None,
     batch_size: BatchSize = 64,
     num_workers: NumWorkers = None,
+    fast_decode: FastDecode = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -133,6 +147,7 @@ def classify(
         "classifier_kwargs": options,
         "batch_size": batch_size,
         "num_workers": num_workers,
+        "fast_decode": fast_decode,
         "device": device,
         "dtype": dtype,
         "source_kwargs": {"split": split, "image_column": image_column, "id_column": id_column},

@@ -13,6 +13,7 @@ from .options import (
     BatchSize,
     Device,
     Dtype,
+    FastDecode,
     IdColumn,
     ImageColumn,
     NumWorkers,
@@ -73,6 +74,7 @@ def index(
     ] = False,
     batch_size: BatchSize = 64,
     num_workers: NumWorkers = None,
+    fast_decode: FastDecode = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -122,6 +124,7 @@ def index(
             model=made.model,
             batch_size=batch_size,
             num_workers=num_workers,
+            fast_decode=fast_decode,
             device=device,
             dtype=dtype,
             skip=made,

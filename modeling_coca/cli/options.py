@@ -55,6 +55,15 @@ NumWorkers = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+FastDecode = Annotated[
+    bool,
+    typer.Option(
+        "--fast_decode",
+        help="Decode large JPEGs at a fraction of their size: several times faster for photos of many megapixels, and "
+        "nearly the same pixels.",
+        rich_help_panel=MACHINE,
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda, cuda:1, mps; by default an accelerator if there is one.", rich_help_panel=MACHINE),

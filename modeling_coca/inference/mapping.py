@@ -24,6 +24,7 @@ def map_images(
     num_workers: int | None = None,
     source_kwargs: dict[str, Any] | None = None,
     skip: Container[str] = (),
+    fast_decode: bool = False,
     output_format: str = "jsonl",
     overwrite: bool = False,
     show_progress: bool = True,
@@ -51,6 +52,8 @@ def map_images(
             one batch.
         source_kwargs (`dict`, *optional*): of [`open_images`].
         skip (`Container[str]`): ids of images to leave out.
+        fast_decode (`bool`): decode JPEGs that are much larger than the model's images at a half, a quarter or an eighth of
+            their size. Several times faster; pixels differ a little from the processor's own.
         output_format (`str`, defaults to `"jsonl"`): of the files in a folder, or `"parquet"`.
         overwrite (`bool`): throw away an output that is there.
         show_progress (`bool`): show a bar with images a second and the time left, where there is more than one batch.
@@ -80,6 +83,7 @@ def map_images(
             "images": sources if len(sources) <= 100 else len(sources),
             "number of images": sum(shard.size or 0 for shard in shards),
             **source_kwargs,
+            "fast_decode": fast_decode,
             **settings,
         }
         journal = Journal(output, settings, len(shards), process, num_processes, output_format, overwrite)
@@ -90,7 +94,17 @@ def map_images(
         function, processor = load()
         torch.manual_seed(seed + process)
         rows = _run(
-            function, processor, shards, todo, skip, journal, description, batch_size, num_workers, show_progress
+            function,
+            processor,
+            shards,
+            todo,
+            skip,
+            fast_decode,
+            journal,
+            description,
+            batch_size,
+            num_workers,
+            show_progress,
         )
     if journal is None:
         return [row for _, row in sorted(rows, key=lambda item: item[0][:2])]
@@ -108,6 +122,7 @@ def _run(
     shards: Sequence[ImageShard],
     todo: Sequence[int],
     skip: Container[str],
+    fast_decode: bool,
     journal: Journal | None,
     description: str,
     batch_size: int,
@@ -128,7 +143,13 @@ def _run(
         return refs
 
     loader = ImageLoader(
-        shards, processor.image_processor, batch_size, num_workers, map(refs_of, todo), device.type == "cuda"
+        shards,
+        processor.image_processor,
+        batch_size,
+        num_workers,
+        map(refs_of, todo),
+        pin_memory=device.type == "cuda",
+        fast_decode=fast_decode,
     )
     with logging.tqdm(total=0, unit="img", desc=description, disable=few or not show_progress, smoothing=0.05) as bar:
         for batch in loader:

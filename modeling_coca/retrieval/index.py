@@ -263,7 +263,7 @@ class CocaIndex:
         self.dataset = new if self.dataset is None else concatenate_datasets([self.dataset, new])
         self._rows.update(zip(ids, range(start, start + len(ids)), strict=True))
         if self._faiss is not None:
-            self._faiss.add_vectors(embeddings)
+            self._faiss.faiss_index.add(embeddings)
             suited = choose_kind(len(self))[0]
             if self.chosen_kind is None and suited != self.kind:
                 logger.warning(f"The index has grown to {len(self):,} images: `rebuild()` would make it {suited}.")
@@ -317,10 +317,12 @@ class CocaIndex:
                 raise ValueError(f"`kind` 'ivfpq' learns from at least 9984 images, and there are {num_rows}.")
             index = faiss.index_factory(size, f"IVF{lists},PQ{pieces}", faiss.METRIC_INNER_PRODUCT)
             sample = np.random.default_rng(0).choice(num_rows, min(num_rows, max(64 * lists, 2**16)), replace=False)
+            index.do_polysemous_training = False  # orders codes for a search that is not used here, and takes long
             index.train(self._embeddings(np.sort(sample)))
         self._faiss = FaissIndex(custom_index=index)
-        for start in range(0, num_rows, _ROWS_AT_A_TIME):  # from the mapped file, a part at a time
-            self._faiss.add_vectors(self._embeddings(np.arange(start, min(start + _ROWS_AT_A_TIME, num_rows))))
+        starts = range(0, num_rows, _ROWS_AT_A_TIME)  # from the mapped file, a part at a time
+        for start in logging.tqdm(starts, desc="Index", leave=False, disable=num_rows <= EXACT_UP_TO):
+            index.add(self._embeddings(np.arange(start, min(start + _ROWS_AT_A_TIME, num_rows))))
 
     def _embeddings(self, rows: np.ndarray) -> np.ndarray:
         if not len(rows):

@@ -5,6 +5,14 @@
         --output_dir outputs/classifier --num_train_epochs 10
 
 `--freeze_encoder False` fine-tunes all of it.
+
+Fashion-MNIST (60000 + 10000 images, from `prepare_data.py`) on the quickstart's frozen EfficientNet-Lite0 with four of its
+earlier layers joined: 91.0 % test accuracy. One CPU core, 78 s of training, after 1 minute for each 28000 images' features:
+
+    python examples/finetune_image_classification.py --model_name_or_path outputs/quickstart --image_size 64 \\
+        --train_files outputs/data/fashion-mnist/train.parquet --eval_files outputs/data/fashion-mnist/test.parquet \\
+        --feature_cache outputs/fashion-features --output_dir outputs/fashion --num_train_epochs 4 \\
+        --per_device_train_batch_size 256 --bf16 True --use_cpu True
 """
 
 from dataclasses import dataclass, field

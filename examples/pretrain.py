@@ -33,7 +33,6 @@ from modeling_coca.training.recipe import (
 @dataclass
 class PretrainArguments:
     config_name: str = field(metadata={"help": "Folder, or id of the Hub, with the config.json of the sizes."})
-    image_size: int | None = field(default=None, metadata={"help": "Side in pixels, by default the config's."})
     vocab_size: int = field(default=32000, metadata={"help": "At most so many tokens."})
     max_text_length: int = field(default=76, metadata={"help": "In tokens; longer captions are cut."})
     tokenizer_rows: int = field(default=1_000_000, metadata={"help": "Rows that the tokenizer is trained on."})
@@ -50,7 +49,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         data.text_column,
         vocab_size=pretrain.vocab_size,
         max_text_length=pretrain.max_text_length,
-        image_size=pretrain.image_size or AutoConfig.from_pretrained(pretrain.config_name).vision_config.image_size,
+        image_size=arguments.image_size or AutoConfig.from_pretrained(pretrain.config_name).vision_config.image_size,
         limit=pretrain.tokenizer_rows,
     )
     model = new_model(pretrain.config_name, processor, arguments)

@@ -36,7 +36,6 @@ class FrozenEncoderArguments:
     vision_feature_layers: list[int] | None = field(
         default=None, metadata={"help": "Earlier layers whose features are joined to the last one's, e.g. 0 1 2 3."}
     )
-    image_size: int | None = field(default=None, metadata={"help": "Side in pixels, by default the encoder's."})
     vocab_size: int = field(default=20000, metadata={"help": "At most so many tokens."})
     max_text_length: int = field(default=76, metadata={"help": "In tokens; longer captions are cut."})
 
@@ -55,7 +54,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         data.text_column,
         vocab_size=frozen.vocab_size,
         max_text_length=frozen.max_text_length,
-        image_size=frozen.image_size or image_side(images),
+        image_size=arguments.image_size or image_side(images),
         image_mean=images.image_mean,
         image_std=images.image_std,
     )

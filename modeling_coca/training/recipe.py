@@ -91,6 +91,10 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, ... On CPUs eager is quicker for texts of a dozen tokens."}
     )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of the images in pixels, for encoders that take any; by default the model's."},
+    )
     freeze: list[str] | None = field(default=None, metadata={"help": "Parts to leave as they are, e.g. vision_model."})
     contrastive_loss_weight: float | None = field(default=None, metadata={"help": "By default the model's own."})
     caption_loss_weight: float | None = field(default=None, metadata={"help": "By default the model's own."})
@@ -333,6 +337,9 @@ def load_model(arguments: ModelArguments, model_class: type = CocaForConditional
         arguments.model_name_or_path, attn_implementation=arguments.attn_implementation, **changes
     )
     processor = CocaProcessor.from_pretrained(arguments.model_name_or_path, backend="pil")
+    if arguments.image_size is not None:
+        processor.image_processor.size = {"shortest_edge": arguments.image_size}
+        processor.image_processor.crop_size = {"height": arguments.image_size, "width": arguments.image_size}
     apply_freezing(model, arguments)
     return model, processor
 

@@ -3,6 +3,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from PIL import Image
 
 from modeling_coca import CocaForConditionalGeneration, CocaImageProcessorPil, CocaProcessor, CocaTokenizer
 from modeling_coca.training.recipe import (
@@ -98,8 +99,10 @@ def test_the_config_is_changed_as_asked_and_nothing_else(tmp_path, tiny_config):
     tokenizer = CocaTokenizer(model_max_length=16).train_new_from_iterator(["a red square"], vocab_size=400)
     CocaProcessor(CocaImageProcessorPil(size=32), tokenizer).save_pretrained(tmp_path / "model")
     more = ["--model_name_or_path", tmp_path / "model", "--dropout", 0.25, "--contrastive_loss_weight", 0]
+    more += ["--image_size", 24]
     _, arguments, _ = parse(tmp_path, *more, "--freeze", "vision_model", "--attn_implementation", "eager")
-    model, _ = load_model(arguments)
+    model, processor = load_model(arguments)
+    assert processor(images=[Image.new("RGB", (50, 40))], return_tensors="pt")["pixel_values"].shape == (1, 3, 24, 24)
     changed = {**saved.config.to_dict(), "contrastive_loss_weight": 0, "_name_or_path": str(tmp_path / "model")}
     changed["text_config"]["dropout"] = 0.25
     ours = model.config.to_dict()

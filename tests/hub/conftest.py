@@ -199,7 +199,9 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.server.lfs[value["oid"]]
             elif operation["key"] == "deletedFile":
                 del files[value["path"]]
-        branch = f"refs/pr/{len(self.server.refs[repo])}" if "create_pr" in query else "main"
+        branch = unquote(urlsplit(self.path).path).split("/commit/")[1]
+        if "create_pr" in query:
+            branch = f"refs/pr/{len(self.server.refs[repo])}"
         oid = self.server.commit(repo, branch, files)
         self.answer(
             {
@@ -210,6 +212,10 @@ class _Handler(BaseHTTPRequestHandler):
             }
         )
 
+    def create_branch(self, data, query, repo, branch):
+        self.server.refs[repo][branch] = self.server.refs[repo]["main"]
+        self.answer({})
+
     def validate_yaml(self, data, query):
         self.answer({"errors": [], "warnings": []})
 
@@ -217,6 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
     ROUTES = [
         (r"POST /api/repos/create", create),
         (r"POST /api/validate-yaml", validate_yaml),
+        (rf"POST /api/models/{REPO}/branch/(?P<branch>.+)", create_branch),
         (rf"GET /api/models/{REPO}(?:/revision/(?P<revision>.+))?", info),
         (rf"GET /api/models/{REPO}/tree/(?P<revision>refs/pr/\d+|[^/]+)(?:/(?P<folder>.+))?", tree),
         (rf"(?:GET|HEAD) /{REPO}/resolve/(?P<revision>refs/pr/\d+|[^/]+)/(?P<path>.+)", resolve),

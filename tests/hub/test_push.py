@@ -15,7 +15,7 @@ from modeling_coca.hub import export_to_folder
 PUSH = """
 import sys
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
 from modeling_coca import CocaForConditionalGeneration, CocaProcessor
@@ -40,6 +40,10 @@ for line in sys.stdin:
             say(info.oid)
         except Exception as error:
             say(f"failed: {type(error).__name__}")
+    elif command == "aside":
+        HfApi().create_branch("someone/fox", branch="next")
+        say(push_to_hub(model, processor, "someone/fox", revision="next").oid)
+        say(push_to_hub(model, processor, "someone/fox", create_pr=True).oid)
     elif command == "change":
         model.lm_head.weight.data.add_(1)
     elif command == "pull":
@@ -117,6 +121,9 @@ def test_push_and_pull(hub, folder, processor, start_python, run_python, tmp_pat
 
     def ask(line):
         tell(line)
+        return hear()
+
+    def hear():
         for answer in process.stdout:
             if answer.startswith("> "):  # and not a line of the trainer's log
                 return answer[2:].strip()
@@ -157,8 +164,12 @@ def test_push_and_pull(hub, folder, processor, start_python, run_python, tmp_pat
     changed = {name for name, content in hub.files("someone/fox").items() if content != files.get(name)}
     assert changed and changed < shards  # others were there already
 
-    # in one file: the shards go
+    # to a branch and as a pull request
     tell("change")
+    aside, proposed = ask("aside"), hear()
+    assert hub.refs["someone/fox"] == {"main": second, "next": aside, "refs/pr/2": proposed}
+
+    # in one file: the shards go
     third = ask("push 1GB")
     names = hub.files("someone/fox").keys()
     assert names == exported.keys() | {".gitattributes", "README.md"}
@@ -187,7 +198,7 @@ def test_push_and_pull(hub, folder, processor, start_python, run_python, tmp_pat
     process.kill()
     process.communicate()
     gone.set()
-    assert hub.refs["someone/fox"] == {"main": third}
+    assert hub.refs["someone/fox"]["main"] == third
 
     # without the package
     weights = load_file(folder / "model.safetensors")

@@ -1,12 +1,11 @@
 """The contrastive step in chunks: losses and gradients of the whole batch, in the memory of a chunk."""
 
 import copy
-import weakref
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers import Trainer, TrainingArguments
 
 import modeling_coca.modeling_coca as modeling
@@ -14,6 +13,7 @@ from modeling_coca import CocaForConditionalGeneration, CocaModel
 from modeling_coca.training import CocaTrainer, freeze
 
 ROWS = 8
+PeakMemory = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "peak_memory.py"))["PeakMemory"]
 
 
 @pytest.fixture
@@ -120,33 +120,6 @@ def test_bf16(tiny_config, batch, monkeypatch):
         patch.setattr(modeling, "checkpoint", lambda run, *args, use_reentrant: run(*args))
         kept = step(model, batch, contrastive_chunk_size=3)
     assert_equal_steps(chunked, kept, rtol=1e-4, atol=1e-6)  # the second pass runs in the same precision
-
-
-class PeakMemory(TorchDispatchMode):
-    """The most bytes that live tensors made under it have held at a time: exact, and the same on every machine."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages, self.bytes, self.peak = {}, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(output):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
-        return output
-
-    def _add(self, storage):
-        key = storage._cdata
-        if key in self.storages:
-            return
-        self.storages[key] = storage.nbytes()
-        self.bytes += self.storages[key]
-        self.peak = max(self.peak, self.bytes)
-        weakref.finalize(storage, self._remove, key)
-
-    def _remove(self, key):
-        self.bytes -= self.storages.pop(key)
 
 
 def peak_of(model, batch, **kwargs):

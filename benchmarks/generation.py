@@ -2,12 +2,13 @@
 
     python benchmarks/generation.py --output generation.json
 
-30 new tokens, end-of-text disabled, so that both write equally many. Both must write the same tokens before they are timed.
+30 new tokens, end-of-text disabled, so that all write equally many. All must write the same tokens before they are timed.
+"packed" is ours after `pack_linear_layers()`.
 """
 
 import torch
 from harness import benchmark_parser, race, report, summary
-from open_clip_peer import OpenClipGenerator, greedy, load_pair, our_captions
+from open_clip_peer import OpenClipGenerator, greedy, load_pair, our_captions, packed
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -18,7 +19,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     theirs, ours = load_pair(args.model, args.device, args.dtype)
-    generator = OpenClipGenerator(theirs)
+    generator, ours_packed = OpenClipGenerator(theirs), packed(ours)
     size = ours.config.vision_config.image_size
     rows = {}
     for num_beams in args.num_beams:
@@ -32,16 +33,20 @@ def main(argv: list[str] | None = None) -> dict:
                 ),
                 "ours": lambda images=images, n=num_beams: our_captions(ours, images, args.new_tokens, n),
             }
+            if ours_packed is not None:
+                contestants["packed"] = lambda images=images, n=num_beams: our_captions(
+                    ours_packed, images, args.new_tokens, n
+                )
             written = {name: run() for name, run in contestants.items()}
-            equal = torch.equal(written["open_clip"], written["ours"])
+            equal = all(torch.equal(written["open_clip"], ids) for ids in written.values())
             if not equal and args.dtype == "float32":
                 raise AssertionError(f"Different captions for batch {batch_size}, {num_beams} beams: no timing.")
             seconds = race(contestants, args.device, args.rounds)
-            row = summary(seconds, "ours", "open_clip")
+            row = summary(seconds, "open_clip")
             row["equal_tokens"] = (written["open_clip"] == written["ours"]).float().mean().item()
             row["ours_tokens_per_s"] = batch_size * args.new_tokens / row["ours"]["median_s"]
             rows[f"{'greedy' if num_beams == 1 else f'{num_beams} beams'}, batch {batch_size}"] = row
-    report("Captions of 30 new tokens", rows, args, "ours", "open_clip")
+    report("Captions of 30 new tokens", rows, args, "open_clip")
     return rows
 
 

@@ -56,16 +56,15 @@ def race(contestants: dict[str, Callable[[], Any]], device: str, rounds: int) ->
     return {name: values[1:] for name, values in seconds.items()}
 
 
-def summary(seconds: dict[str, list[float]], ours: str, peer: str) -> dict[str, Any]:
-    """Medians, spread, and how many times faster `ours` is than `peer` within the same round (median and range)."""
-    ratios = [theirs / own for own, theirs in zip(seconds[ours], seconds[peer], strict=True)]
-    return {
-        **{
-            name: {"median_s": statistics.median(values), "min_s": min(values), "max_s": max(values)}
-            for name, values in seconds.items()
-        },
-        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
-    }
+def summary(seconds: dict[str, list[float]], peer: str) -> dict[str, Any]:
+    """Medians and spread, and how many times faster than `peer` the others are within the same round (median and range)."""
+    rows: dict[str, Any] = {}
+    for name, values in seconds.items():
+        rows[name] = {"median_s": statistics.median(values), "min_s": min(values), "max_s": max(values)}
+        if name != peer:
+            ratios = [theirs / own for own, theirs in zip(values, seconds[peer], strict=True)]
+            rows[name]["ratio"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    return rows
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -80,21 +79,21 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def report(title: str, rows: dict[str, dict[str, Any]], args: Any, ours: str, peer: str) -> None:
+def report(title: str, rows: dict[str, dict[str, Any]], args: Any, peer: str) -> None:
     """Print a table of `summary` rows, and write them to `--output`."""
     print(f"\n{title}: {args.model}, {args.dtype}, {args.device}, {args.threads} thread(s), {args.rounds} rounds")
-    width = max(len(name) for name in rows)
-    print(f"{'':{width}}  {peer:>12}  {ours:>12}  times faster (range)")
-    for name, row in rows.items():
-        ratio = row["ratio"]
-        print(
-            f"{name:{width}}  {row[peer]['median_s']:>10.4f} s  {row[ours]['median_s']:>10.4f} s  "
-            f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
-        )
+    width = max(map(len, rows))
+    for row_name, row in rows.items():
+        cells = [f"{peer} {row[peer]['median_s']:.4f} s"]
+        for name, figures in row.items():
+            if isinstance(figures, dict) and "ratio" in figures:
+                ratio = figures["ratio"]
+                times = f"{ratio['median']:.2f} times faster ({ratio['min']:.2f} to {ratio['max']:.2f})"
+                cells.append(f"{name} {figures['median_s']:.4f} s, {times}")
+        print(f"{row_name:{width}}  " + " | ".join(cells))
     if args.output:
         settings = {key: value for key, value in vars(args).items() if key != "output"}
+        result = {"title": title, "settings": settings, "machine": machine(args.device), "rows": rows}
         temporary = args.output.with_suffix(".tmp")
-        temporary.write_text(
-            json.dumps({"title": title, "settings": settings, "machine": machine(args.device), "rows": rows}, indent=2)
-        )
+        temporary.write_text(json.dumps(result, indent=2))
         temporary.rename(args.output)

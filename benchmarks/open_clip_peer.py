@@ -4,6 +4,7 @@ The release's own `generate` does not run there (its beam scorer is gone from tr
 image once, and for each new token the whole text again, with the logits of every position.
 """
 
+import copy
 import json
 from pathlib import Path
 
@@ -35,6 +36,16 @@ def load_pair(name: str, device: str, dtype: str) -> tuple[CoCa, CocaForConditio
     ours = from_open_clip(cfg, theirs.state_dict()).eval()
     dtype = getattr(torch, dtype)
     return theirs.to(device, dtype), ours.to(device, dtype)
+
+
+def packed(ours: CocaForConditionalGeneration) -> CocaForConditionalGeneration | None:
+    """A copy with packed linear layers, where that does anything."""
+    parameter = next(ours.parameters())
+    if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+        return None
+    copied = copy.deepcopy(ours)
+    copied.pack_linear_layers()
+    return copied
 
 
 @torch.inference_mode()

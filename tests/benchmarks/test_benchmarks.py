@@ -68,7 +68,7 @@ def check(result: dict, number: int) -> None:
     assert result["machine"]["torch"] == torch.__version__
     assert len(result["rows"]) == number
     for row in result["rows"].values():
-        figures = [row["ours"]["median_s"], row["open_clip"]["median_s"], row["ratio"]["median"]]
+        figures = [row["ours"]["median_s"], row["open_clip"]["median_s"], row["ours"]["ratio"]["median"]]
         assert all(math.isfinite(figure) and figure > 0 for figure in figures)
 
 

@@ -1,4 +1,4 @@
-"""The README's code runs, in its order, on a model saved where the quickstart saves its own."""
+"""The code of the README and of docs/ runs, page by page, on a model saved where the quickstart saves its own."""
 
 import json
 import re
@@ -21,6 +21,11 @@ def open_clip_names():
         return {"model_cfg": json.loads(file.metadata()["config"]), "state_dict": weights}
 
 
+def blocks_of(page: str) -> list[str]:
+    """Python that can run here: what needs a library of its own is marked `py`, and tested in tests/tools."""
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+
 def test_the_code_runs(tiny_config, open_clip_names, tmp_path, monkeypatch, capsys):
     texts = ["what kind of thing is this?", "a red apple", "the flag of japan", "a white square"]
     tokenizer = CocaTokenizer(model_max_length=30).train_new_from_iterator(texts, vocab_size=450)
@@ -33,15 +38,22 @@ def test_the_code_runs(tiny_config, open_clip_names, tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
 
     names = dict(open_clip_names)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    blocks = blocks_of(README)
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     names["trainer"].args.max_steps = 1
     assert names["trainer"].train().global_step == 1
     assert not any(p.requires_grad for p in names["trainer"].model.model.vision_model.parameters())
     assert len(blocks) >= 6 and f"torch.Size([1, {config.projection_dim}])" in capsys.readouterr().out
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        names_of_page = dict(names)  # a page goes on from the README
+        for block in blocks_of(page.read_text(encoding="utf-8")):
+            exec(compile(block, page.name, "exec"), names_of_page)
 
 
 def test_named_files_exist():
     for name in re.findall(r"^\| `([\w/]+(?:/|\.py))`", README, re.MULTILINE):
         assert (ROOT / name).exists(), name
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"

@@ -54,13 +54,13 @@ def choose_kind(num_rows: int) -> tuple[str, str]:
     >>> from modeling_coca.retrieval import choose_kind
 
     >>> choose_kind(500)
-    ('exact', 'compares the query with each of 500 images: nothing is missed, and up to 100,000 it takes milliseconds')
+    ('exact', 'compares the query with each of 500 images: nothing is missed, and up to 100,000 it takes tens of milliseconds at most')
     ```
     """
     if num_rows <= EXACT_UP_TO:
         return "exact", (
             f"compares the query with each of {num_rows:,} images: nothing is missed, and up to {EXACT_UP_TO:,} it takes "
-            "milliseconds"
+            "tens of milliseconds at most"
         )
     if num_rows <= HNSW_UP_TO:
         return "hnsw", (

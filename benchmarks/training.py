@@ -18,8 +18,6 @@ from torch import nn
 
 from modeling_coca.loss_coca import caption_loss, contrastive_loss
 
-CONTEXT = 76
-
 
 def make_batch(model, rows: int, tokens: int, device: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -32,7 +30,7 @@ def make_batch(model, rows: int, tokens: int, device: str) -> dict[str, torch.Te
 
 def open_clip_step(model, batch) -> torch.Tensor:
     model.zero_grad()
-    text = nn.functional.pad(batch["input_ids"], (0, CONTEXT - batch["input_ids"].shape[1]))
+    text = nn.functional.pad(batch["input_ids"], (0, model.context_length - batch["input_ids"].shape[1]))
     outputs = model(batch["pixel_values"], text)
     outputs = {name: outputs[name] for name in ("image_features", "text_features", "logits", "labels", "logit_scale")}
     loss = sum(CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)(**outputs))
@@ -61,9 +59,10 @@ def loss_paths(ours, rows: int, tokens: int):
         nn.functional.normalize(torch.randn(rows, config.projection_dim, device=device, dtype=dtype), dim=-1)
         for _ in range(2)
     )
-    labels = torch.randint(1, 40_000, (rows, CONTEXT), device=device)
+    context = config.text_config.max_text_length
+    labels = torch.randint(1, 40_000, (rows, context), device=device)
     labels[:, tokens:] = 0
-    states = torch.randn(rows, CONTEXT - 1, width, device=device, dtype=dtype)
+    states = torch.randn(rows, context - 1, width, device=device, dtype=dtype)
     projection, scale = lm_head.weight.detach().t().contiguous().requires_grad_(), ours.model.logit_scale.detach()
 
     def open_clip_losses():
@@ -81,13 +80,13 @@ def loss_paths(ours, rows: int, tokens: int):
     return open_clip_losses, our_losses
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> dict:
     parser = benchmark_parser(__doc__, rounds=3)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--caption_tokens", type=int, default=12)
     parser.add_argument("--large_batch_size", type=int, default=64, help="for chunks")
     parser.add_argument("--chunk_size", type=int, default=8)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     theirs, ours = load_pair(args.model, args.device, args.dtype)
     theirs.train(), ours.train()
@@ -100,7 +99,7 @@ def main() -> None:
         args.device,
         args.rounds,
     )
-    row = summary(seconds, "ours", "open_clip")
+    row = summary(seconds, "open_clip")
     row["peak_bytes"] = {
         "open_clip": peak(lambda: open_clip_step(theirs, batch)),
         "ours": peak(lambda: our_step(ours, batch)),
@@ -122,7 +121,7 @@ def main() -> None:
         loss = run()
         chunks[name] = {"seconds": clock() - start, "loss": loss.item(), "peak_bytes": peak(run)}
     row["chunks"] = chunks
-    report("training step", {"step": row}, args, "ours", "open_clip")
+    report("training step", {"step": row}, args, "open_clip")
     speeds = {name: round(args.batch_size / row[name]["median_s"], 2) for name in ("open_clip", "ours")}
     print(f"samples/s: {speeds}")
     for name in ("peak_bytes", "loss_path_peak_bytes"):
@@ -130,6 +129,7 @@ def main() -> None:
         print(f"{name}: {json.dumps(values)}, {values['open_clip'] / values['ours']:.1f} times less")
     print(f"batch of {args.large_batch_size}, chunks of {args.chunk_size}: {json.dumps(chunks, indent=2)}")
     print(json.dumps(machine(args.device)))
+    return {"step": row}
 
 
 if __name__ == "__main__":

@@ -88,6 +88,18 @@ def test_folder(run):
     assert all(row["same_captions"] == 1 for row in result["rows"].values())
 
 
+def test_training(run):
+    sizes = ["--batch_size", "3", "--caption_tokens", "6", "--large_batch_size", "6", "--chunk_size", "2"]
+    result = run("training", *sizes)
+    check(result, 1)
+    row = result["rows"]["step"]
+    for kind in ("peak_bytes", "loss_path_peak_bytes"):
+        assert 0 < row[kind]["ours"] < row[kind]["open_clip"]
+    chunks = row["chunks"]
+    assert chunks["chunks"]["loss"] == pytest.approx(chunks["whole"]["loss"], rel=1e-5)
+    assert chunks["one chunk alone"]["loss"] != pytest.approx(chunks["whole"]["loss"], rel=1e-3)
+
+
 @pytest.mark.slow
 def test_growth(run, tmp_path):
     picture = tmp_path / "growth.png"

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -1414,6 +1415,16 @@ def test_tied_embeddings(tmp_path):
     assert torch.equal(loaded.lm_head.weight, embedding)
     untied = build()
     assert untied.lm_head.weight is not untied.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_fsdp_plan_names_modules_that_exist(cls):
+    model = build(cls)
+    modules = dict(model.named_modules())
+    for rule in model.fsdp_plan:
+        assert rule.replace("*", "0") in modules, rule
+    layers = {name for name, module in modules.items() if re.search(r"(^|\.)layers\.\d+$", name)}
+    assert layers <= set(model._expand_parallel_plan(model.fsdp_plan))
 
 
 def test_set_input_embeddings():

@@ -20,6 +20,10 @@ def pytest_configure(config):
         "flash_attn_test",
         "flash_attn_3_test",
         "flash_attn_4_test",
+        "is_fsdp_test",
+        "is_pipeline_test",
+        "is_tensor_parallel_test",
+        "is_training_test",
         "order",
         "torch_compile_test",
     ):

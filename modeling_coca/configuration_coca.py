@@ -314,6 +314,7 @@ class CocaConfig(PreTrainedConfig):
         "attentions",
         "cross_attentions",
         "encoder_hidden_states",
+        "image_outputs",
         "text_model_output",
         "vision_model_output",
     ]

@@ -135,6 +135,7 @@ class CocaConditionalOutput(CausalLMOutputWithCrossAttentions):
         cross_attentions: of each multimodal layer, `(B, heads, T, Q)`.
         text_embeds, image_embeds (`(B, projection_dim)`): L2-normalised, where the contrastive loss was computed.
         encoder_hidden_states (`(B, Q, D)`): image tokens that the decoder attended to, where they were made or given here.
+        image_outputs: the image encoder's own output, where images were encoded here.
     """
 
     contrastive_loss: torch.FloatTensor | None = None
@@ -142,6 +143,10 @@ class CocaConditionalOutput(CausalLMOutputWithCrossAttentions):
     text_embeds: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
     encoder_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutput | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
 
 
 @dataclass
@@ -1559,13 +1564,17 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
             use_cache, cache = False, None  # the layers run twice and would write to it twice
         if cache is None and use_cache:
             cache = CocaCache(DynamicCache(config=config.text_config), DynamicCache())
+        output_hidden_states, image_outputs = kwargs.pop("output_hidden_states", None), None
         if has_image:
-            embedding, encoder_hidden_states, _ = self.model.encode_image(
+            embedding, encoder_hidden_states, image_outputs = self.model.encode_image(
                 pixel_values,
                 image_hidden_states,
                 need_embedding=contrast,
                 need_tokens=caption,
                 interpolate_pos_encoding=interpolate_pos_encoding,
+                # As a list, `output_hidden_states` has indices of the text stacks
+                output_hidden_states=output_hidden_states if isinstance(output_hidden_states, bool) else None,
+                **{name: kwargs[name] for name in ("output_attentions",) if name in kwargs},
             )
         if caption:
             check_image_tokens(
@@ -1576,9 +1585,7 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
                 one_text_each=labels is not None,
             )
 
-        unimodal_states, multimodal_states = self._split_hidden_states_selection(
-            kwargs.pop("output_hidden_states", None)
-        )
+        unimodal_states, multimodal_states = self._split_hidden_states_selection(output_hidden_states)
         text_attention_mask = kwargs.pop("text_attention_mask", None)
         text_outputs = self.model.text_model(
             input_ids,
@@ -1627,6 +1634,7 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
             text_embeds=text_embeds,
             image_embeds=image_embeds,
             encoder_hidden_states=encoder_hidden_states,
+            image_outputs=image_outputs,
             **self._join_captured(text_outputs, decoder_outputs, input_ids if inputs_embeds is None else inputs_embeds),
         )
 

@@ -1176,6 +1176,23 @@ def test_tower_attentions_and_hidden_states():
     )
 
 
+def test_the_captioner_gives_the_image_encoders_output():
+    model = build()
+    model.set_attn_implementation("eager")
+    ids, mask = pad(TEXTS[:2])
+    expected = model.model.vision_model(images(2), output_hidden_states=True, output_attentions=True)
+    plain, selected = model(ids, images(2), mask), model(ids, images(2), mask, output_hidden_states=[5])
+    for outputs in (plain, selected):
+        assert torch.equal(outputs.image_outputs.last_hidden_state, expected.last_hidden_state)
+        assert outputs.image_outputs.hidden_states is None and outputs.image_outputs.attentions is None
+    full = model(ids, images(2), mask, output_hidden_states=True, output_attentions=True).image_outputs
+    for name in ("hidden_states", "attentions"):
+        assert torch.equal(torch.stack(full[name]), torch.stack(expected[name]))
+    model.config.vision_config.output_attentions = True
+    assert len(model(ids, images(2), mask).image_outputs.attentions) == 2
+    assert model(ids, attention_mask=mask, encoder_hidden_states=plain.encoder_hidden_states).image_outputs is None
+
+
 def test_hidden_states_and_attentions_keep_gradients():
     model = build()
     model.set_attn_implementation("eager")

@@ -6,6 +6,18 @@
     python examples/finetune_vqa.py --model_name_or_path outputs/quickstart \\
         --train_files my/train.parquet --eval_files my/test.parquet --question_column question --answer_column answer \\
         --freeze vision_model --feature_cache outputs/features --output_dir outputs/vqa --num_train_epochs 10
+
+easy-vqa (38575 + 9673 questions, published split, from `prepare_data.py`) from the quickstart's model on features of its
+frozen encoder, one CPU core, test accuracy:
+
+    python examples/finetune_vqa.py --model_name_or_path outputs/quickstart --freeze vision_model --dropout 0 \\
+        --train_files outputs/data/easy-vqa/train.parquet --eval_files outputs/data/easy-vqa/test.parquet \\
+        --feature_cache outputs/vqa-features --output_dir outputs/vqa --num_train_epochs 3 --learning_rate 1.5e-3 \\
+        --per_device_train_batch_size 256 --attn_implementation eager --bf16 True --use_cpu True
+
+    94.9 % after 3 epochs (168 s), without dropout. With the model's own dropout of 0.1 after 4 epochs: 94.4 %, and 95.6 %
+    with --form classify. Shapes and "what color" are all right; what is wrong are yes-or-no questions about colours, as
+    "is there a blue shape?". More epochs help: without dropout the training loss goes to 2e-5 in the sixth of eight.
 """
 
 from collections import Counter

@@ -72,8 +72,10 @@ class CocaLinear(nn.Linear):
 
     def pack(self) -> None:
         """Keep a second copy of the weights in the order in which oneDNN reads them. Weights that change are packed anew."""
-        if _HAS_ONEDNN and type(self.weight) is nn.Parameter and self.weight.device.type == "cpu":
-            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
+        weight = self.weight
+        is_plain = type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32
+        if _HAS_ONEDNN and is_plain:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
             self._packed = packed, self._weight_state()
 
     def __getstate__(self) -> dict:

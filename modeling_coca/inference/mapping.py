@@ -134,6 +134,8 @@ def _run(
     few = sum(batch_size + 1 if size is None else size for size in sizes.values()) <= batch_size
     device = function.model.device
     num_workers = default_num_workers(device, not few) if num_workers is None else num_workers
+    if not few:
+        function.model.pack_linear_layers()
 
     def refs_of(shard: int) -> list[ImageRef]:
         listed = [item for item in shards[shard].list() if item[0] not in skip]

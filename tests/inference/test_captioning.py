@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling_coca import CocaForConditionalGeneration, CocaModel, CocaProcessor
+from modeling_coca import CocaForConditionalGeneration, CocaModel, CocaProcessor, linear_coca
 from modeling_coca.inference import CocaCaptioner, caption_images, open_images, read_rows
 from modeling_coca.inference.journal import Journal
 
@@ -148,6 +148,16 @@ def test_batches_and_workers_change_nothing(quick):
 
 def without_figures(rows):
     return [(row["id"], row.get("caption"), row.get("error")) for row in rows]
+
+
+@pytest.mark.parametrize("batch_size", [2, 64], ids=["many", "few"])
+def test_linear_layers_are_packed_for_many_images(quick, model_folder, processor, batch_size):
+    model = CocaForConditionalGeneration.from_pretrained(model_folder).eval()
+    rows = quick(model=model, processor=processor, batch_size=batch_size)
+    if linear_coca._HAS_ONEDNN:
+        assert (model.lm_head._packed is not None) == (batch_size == 2)
+    plain = quick(batch_size=64)
+    assert [row["caption"] for row in rows] == [row["caption"] for row in plain]
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.parquet", "folder", "folder of parquet"])

@@ -8,12 +8,13 @@ PIP_FLAGS ?=
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 
-.PHONY: help venv test test-slow lint quickstart clean
+.PHONY: help venv test test-slow matrix lint quickstart clean
 
 help:
 	@echo "make quickstart  set up, train a small CoCa on real pictures, and show what it learned (outputs/quickstart/)"
 	@echo "make test        run the quick tests"
 	@echo "make test-slow   run all tests"
+	@echo "make matrix      run the quick tests on the oldest and the newest supported PyTorch and transformers"
 	@echo "make lint        check style with ruff"
 	@echo "make venv        set up the development environment in $(VENV)"
 	@echo "make clean       delete $(VENV), caches and build outputs; outputs/ stays"
@@ -26,6 +27,9 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(RUN) -m pytest -m "not gpu"
 
+matrix:
+	$(PYTHON) tests/matrix.py $(MATRIX)
+
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -34,7 +38,7 @@ quickstart: $(VENV)/.installed-quickstart
 	$(RUN) examples/quickstart/run.py --output_dir outputs/quickstart
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-matrix build dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each set of extras, renewed when pyproject.toml changes

@@ -6,6 +6,7 @@ import pytest
 from transformers_tests.test_processing_common import ProcessorTesterMixin
 
 from modeling_coca import CocaImageProcessor, CocaProcessor, CocaTokenizer
+from modeling_coca.processing_coca import CHAT_TEMPLATE
 
 pytest.importorskip("torchvision")
 
@@ -25,3 +26,7 @@ class CocaProcessorTest(ProcessorTesterMixin, unittest.TestCase):
 
     def prepare_videos_inputs(self, *args, **kwargs):
         return None  # they stand for the image, and the tests give an image as well
+
+    @staticmethod
+    def prepare_processor_dict():
+        return {"chat_template": CHAT_TEMPLATE}  # the one that chats get by default, where the tests look for it

@@ -49,12 +49,14 @@ def download(folder: Path) -> None:
         sdists = list(Path(scratch).glob("*.tar.gz"))
         if run.returncode or len(sdists) != 1:
             raise OSError(f"pip cannot download the sdist of {requirement}: {run.stderr.strip()[-500:]}")
-        with tarfile.open(sdists[0]) as archive:
-            top = sdists[0].name.removesuffix(".tar.gz")
-            members = [
-                m for m in archive if m.isfile() and m.name.startswith(f"{top}/tests/") and m.name.endswith(".py")
-            ]
-            archive.extractall(scratch, members, filter="data")
+        top = sdists[0].name.removesuffix(".tar.gz")
+        try:
+            with tarfile.open(sdists[0]) as archive:
+                tests = (m for m in archive if m.isfile() and m.name.startswith(f"{top}/tests/"))
+                members = [member for member in tests if member.name.endswith(".py")]
+                archive.extractall(scratch, members, filter="data")
+        except tarfile.TarError as error:
+            raise OSError(f"the sdist of {requirement} cannot be unpacked: {error}") from error
         if not members:
             raise OSError(f"the sdist of {requirement} has no tests in it")
         try:

@@ -1,5 +1,6 @@
 """`loss_coca`: the captioning loss in chunks and both contrastive losses, against the plain formulas."""
 
+import faulthandler
 import tempfile
 import warnings
 
@@ -423,6 +424,7 @@ def run_processes(function, processes, *args):
 
 def _start(rank, function, processes, folder, *args):
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(240, exit=True)  # a process that waits for ever says where
     warnings.filterwarnings("error", category=FutureWarning)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     try:

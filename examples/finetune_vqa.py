@@ -12,12 +12,11 @@ frozen encoder, one CPU core, test accuracy:
 
     python examples/finetune_vqa.py --model_name_or_path outputs/quickstart --freeze vision_model --dropout 0 \\
         --train_files outputs/data/easy-vqa/train.parquet --eval_files outputs/data/easy-vqa/test.parquet \\
-        --feature_cache outputs/vqa-features --output_dir outputs/vqa --num_train_epochs 3 --learning_rate 1.5e-3 \\
+        --feature_cache outputs/vqa-features --output_dir outputs/vqa --num_train_epochs 6 --learning_rate 1.5e-3 \\
         --per_device_train_batch_size 256 --attn_implementation eager --bf16 True --use_cpu True
 
-    94.9 % after 3 epochs (168 s), without dropout. With the model's own dropout of 0.1 after 4 epochs: 94.4 %, and 95.6 %
-    with --form classify. Shapes and "what color" are all right; what is wrong are yes-or-no questions about colours, as
-    "is there a blue shape?". More epochs help: without dropout the training loss goes to 2e-5 in the sixth of eight.
+    99.95 % after 6 epochs (344 s), and 94.9 % after 3: yes-or-no questions about colours, as "is there a blue shape?", come
+    last. With the model's own dropout of 0.1, 4 epochs: 94.4 %, and 95.6 % with --form classify.
 """
 
 from collections import Counter

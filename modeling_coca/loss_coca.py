@@ -178,7 +178,9 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, grad):
         grad = grad.contiguous()
         grad_tensor = torch.empty_like(grad[0])
-        dist.reduce_scatter(grad_tensor, list(grad), group=ctx.group)
+        # Its older name where it has no other; `reduce_scatter` is what gloo lacks in PyTorch 2.6
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        reduce_scatter(grad_tensor, grad.flatten(0, 1), group=ctx.group)
         return grad_tensor, None
 
 

@@ -851,6 +851,7 @@ def test_the_fixture_hears_warnings(model, complaints):
 # ---------------------------------------------------------------------------------------------------------- compile
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="PyTorch 2.6 cannot trace transformers' decorators")
 @pytest.mark.parametrize(
     ("backend", "kwargs"), [("aot_eager", {}), ("eager", {"num_beams": 2})], ids=["greedy-aot_eager", "beams-eager"]
 )

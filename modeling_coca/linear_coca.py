@@ -68,27 +68,31 @@ def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 class CocaLinear(nn.Linear):
     """`nn.Linear`, see [`linear`]. [`~CocaLinear.pack`] makes it quicker still for inference on a CPU."""
 
-    _packed: tuple[torch.Tensor, tuple[int, int]] | None = None
+    # In oneDNN's order; the weights that it was made of, kept so that no others come to stand at their address; their version
+    _packed: tuple[torch.Tensor, torch.Tensor, int] | None = None
 
     def pack(self) -> None:
         """Keep a second copy of the weights in the order in which oneDNN reads them. Weights that change are packed anew."""
         weight = self.weight
         is_plain = type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32
-        if _HAS_ONEDNN and is_plain:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-            self._packed = packed, self._weight_state()
+        if _HAS_ONEDNN and is_plain and not weight.is_inference():  # those have no version
+            source = weight.detach()
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(source), source, weight._version
 
     def __getstate__(self) -> dict:
         # oneDNN's layout can be neither copied nor saved: copies are not packed
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
-    def _weight_state(self) -> tuple[int, int]:
-        return self.weight.data_ptr(), self.weight._version
+    def _is_packed(self) -> bool:
+        """Whether what is packed are the weights of now."""
+        weight, (_, source, version) = self.weight, self._packed
+        return weight.data_ptr() == source.data_ptr() and not weight.is_inference() and weight._version == version
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        if self._packed is None or torch.is_grad_enabled() or not _is_for_onednn(x, weight):
-            return linear(x, weight, self.bias)
-        if self._packed[1] != self._weight_state():
+        if self._packed is None or torch.is_grad_enabled() or not _is_for_onednn(x, self.weight):
+            return linear(x, self.weight, self.bias)
+        if not self._is_packed():
             self.pack()
+            if not self._is_packed():  # weights that stand in for the layer's own, as in `functional_call`
+                return linear(x, self.weight, self.bias)
         return _onednn(x, self._packed[0], self.bias)

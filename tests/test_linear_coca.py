@@ -134,6 +134,27 @@ def test_a_packed_layer_follows_its_weights(calls):
     assert list(ours.state_dict()) == ["weight", "bias"]
 
 
+def test_a_packed_layer_takes_weights_that_stand_in(calls):
+    ours, x = layer(), torch.randn(ROWS, INPUTS)
+    ours.pack()
+    with torch.no_grad():
+        for _ in range(3):  # one after the other at the same address
+            others = {"weight": torch.randn(OUTPUTS, INPUTS), "bias": torch.randn(OUTPUTS)}
+            found = torch.func.functional_call(ours, others, (x,))
+            torch.testing.assert_close(found, F.linear(x, **others), rtol=1e-5, atol=1e-5)
+            del others
+        for _ in range(3):
+            ours.weight = nn.Parameter(torch.randn(OUTPUTS, INPUTS))
+            torch.testing.assert_close(ours(x), F.linear(x, ours.weight, ours.bias), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_made_in_inference_mode(calls):
+    with torch.inference_mode():
+        ours, x = layer(), torch.randn(ROWS, INPUTS)
+        ours.pack()
+        torch.testing.assert_close(ours(x), F.linear(x, ours.weight, ours.bias), rtol=1e-5, atol=1e-5)
+
+
 def test_a_packed_layer_can_be_copied(calls):
     ours, x = layer(), torch.randn(ROWS, INPUTS)
     ours.pack()

@@ -39,7 +39,7 @@ def write_photos(folder: Path, count: int, size: tuple[int, int] = (640, 480)) -
 def main(argv: list[str] | None = None) -> dict:
     parser = benchmark_parser(__doc__, rounds=3)
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--new_tokens", type=int, default=20)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

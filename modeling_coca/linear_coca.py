@@ -74,6 +74,8 @@ class CocaLinear(nn.Linear):
     def pack(self) -> None:
         """Keep a second copy of the weights in the order in which oneDNN reads them. Weights that change are packed anew."""
         weight = self.weight
+        if self._packed is not None and self._is_packed():
+            return
         is_plain = type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32
         if _HAS_ONEDNN and is_plain and not weight.is_inference():  # those have no version
             source = weight.detach()

@@ -119,7 +119,9 @@ def test_a_packed_layer_follows_its_weights(calls):
             torch.testing.assert_close(ours(x), F.linear(x, ours.weight, ours.bias), rtol=1e-5, atol=1e-5)
 
     check()
-    assert ours._packed is not None
+    packed = ours._packed
+    ours.pack()
+    assert packed is not None and ours._packed is packed  # weights that have not changed are not packed again
     optimizer = torch.optim.SGD(ours.parameters(), lr=1.0)
     ours(x).square().sum().backward()  # training takes the weights themselves
     optimizer.step()

@@ -1,11 +1,13 @@
 """Captions with their log-probability, contrastive score and the image's embedding, from one pass over the image."""
 
+import copy
 import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import ModelOutput
 
 from modeling_coca.generation_coca import is_one_of
 
@@ -13,14 +15,16 @@ from .loading import load_for_inference
 from .mapping import map_images
 
 _LOGITS_AT_A_TIME = 2**24  # 64 MB of fp32
+_LOGITS_TO_KEEP = 2**27  # 512 MB
 
 
 class CocaCaptioner:
     """
     Captions images that are batches of pixels.
 
-    The image encoder runs once an image. Its tokens go to `generate()`; the captions then go once through the text
-    towers, all tokens at the same time, which gives their log-probability and the embedding for the contrastive score.
+    The image encoder runs once an image. Its tokens go to `generate()`, whose logits give the log-probability; the captions
+    then go once through the unimodal text tower, all tokens at the same time, for the embedding of the contrastive score.
+    Where the logits of all steps would take too much memory, the captions go once through the decoder, too.
 
     Args:
         model ([`CocaForConditionalGeneration`]), processor ([`CocaProcessor`]): see [`load_for_inference`].
@@ -90,13 +94,16 @@ class CocaCaptioner:
         features = model.get_image_features(pixel_values.to(model.device, model.dtype, non_blocking=True))
         image_tokens, image_embeds = features.pooler_output, features.image_embeds.float()
         prompts = self.prompt_ids.to(model.device).expand(len(image_tokens), -1)
-        sequences = model.generate(
+        written = model.generate(
             encoder_hidden_states=image_tokens,
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
+            return_dict_in_generate=True,
+            output_logits=len(prompts) * self._logits_per_image() <= _LOGITS_TO_KEEP,
             **self.generation_kwargs,
         )
-        log_probs, num_tokens, text_embeds = self._read(sequences, image_tokens)
+        sequences = written.sequences
+        log_probs, num_tokens, text_embeds = self._read(written, image_tokens)
         scores = (text_embeds.unflatten(0, (-1, self.best_of)) * image_embeds[:, None]).sum(-1)  # [B, best_of]
         start = len(self.prompt_ids) if self.answer_only else 0
         texts = self.tokenizer.batch_decode(sequences[:, start:], skip_special_tokens=True)
@@ -119,14 +126,24 @@ class CocaCaptioner:
             rows.append(row)
         return rows
 
+    def _logits_per_image(self) -> int:
+        """How many `generate` makes at the most."""
+        text, settings = self.model.config.text_config, copy.deepcopy(self.model.generation_config)
+        settings.update(**self.generation_kwargs)
+        start = len(self.prompt_ids)
+        longest = min(settings.max_length or text.max_text_length, text.max_text_length) - start
+        steps = longest if settings.max_new_tokens is None else settings.max_new_tokens
+        return max(settings.num_beams or 1, self.best_of) * steps * text.vocab_size
+
     def _read(
-        self, sequences: torch.Tensor, image_tokens: torch.Tensor
+        self, written: ModelOutput, image_tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities and numbers of the tokens after the prompt (R,), and text embeddings (R, projection_dim)."""
-        model, start = self.model, len(self.prompt_ids)
+        model, sequences, start = self.model, written.sequences, len(self.prompt_ids)
         eos = model.generation_config.eos_token_id
         is_eos = is_one_of(sequences, eos) & (torch.arange(sequences.shape[1], device=sequences.device) >= start)
         real = (is_eos.cumsum(-1) - is_eos.long()) == 0  # up to the first EOS
+        counted = real[:, start:]
         ids = sequences
         if not is_eos.any(-1).all() and sequences.shape[1] < model.config.text_config.max_text_length:
             # The embedding is that of a text with an end, also where `max_new_tokens` cut it off
@@ -135,19 +152,39 @@ class CocaCaptioner:
             real = torch.cat([real, ~is_eos.any(-1, keepdim=True)], dim=1)
         text = model.model.text_model(input_ids=ids, attention_mask=real.long(), output_embedding=True)
         text_embeds = F.normalize(model.model.text_projection(text.pooler_output).float(), dim=-1)
-        length = sequences.shape[1]
-        states = model.text_decoder(
-            text.last_hidden_state[:, : length - 1], image_tokens, attention_mask=real[:, : length - 1].long()
-        ).last_hidden_state[:, start - 1 :]
-        targets, counted = sequences[:, start:], real[:, start:length]
-        rows = max(1, _LOGITS_AT_A_TIME // max(1, states.shape[1] * model.config.text_config.vocab_size))
-        log_probs = torch.cat(
+        targets = sequences[:, start:]
+        if written.logits is None:
+            length = sequences.shape[1]
+            log_probs = self._log_probs_of(
+                text.last_hidden_state[:, : length - 1], real[:, : length - 1], targets, image_tokens
+            )
+        else:
+            # Beams change places: `beam_indices` tells whose logits a token was chosen from, -1 after the end
+            beams = getattr(written, "beam_indices", None)
+            log_probs = torch.stack(
+                [
+                    -F.cross_entropy(
+                        logits if beams is None else logits[beams[:, step].clamp(min=0)], tokens, reduction="none"
+                    )
+                    for step, (logits, tokens) in enumerate(zip(written.logits, targets.unbind(1), strict=False))
+                ],
+                dim=1,
+            )
+        return log_probs.masked_fill(~counted, 0).sum(-1), counted.sum(-1), text_embeds
+
+    def _log_probs_of(
+        self, states: torch.Tensor, mask: torch.Tensor, targets: torch.Tensor, image_tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """(R, T) log-probabilities of the last T tokens, from the decoder, over the unimodal states of all before them."""
+        model, length = self.model, targets.shape[1]
+        decoded = model.text_decoder(states, image_tokens, attention_mask=mask.long()).last_hidden_state[:, -length:]
+        rows = max(1, _LOGITS_AT_A_TIME // max(1, length * model.config.text_config.vocab_size))
+        return torch.cat(
             [
                 -F.cross_entropy(model.lm_head(some).float().transpose(1, 2), tokens, reduction="none")
-                for some, tokens in zip(states.split(rows), targets.split(rows), strict=True)
+                for some, tokens in zip(decoded.split(rows), targets.split(rows), strict=True)
             ]
         )
-        return log_probs.masked_fill(~counted, 0).sum(-1), counted.sum(-1), text_embeds
 
 
 def caption_images(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling_coca import CocaForConditionalGeneration, CocaModel, CocaProcessor, linear_coca
-from modeling_coca.inference import CocaCaptioner, caption_images, open_images, read_rows
+from modeling_coca.inference import CocaCaptioner, caption_images, captioning, open_images, read_rows
 from modeling_coca.inference.journal import Journal
 
 
@@ -57,9 +57,20 @@ def up_to_eos(ids, processor):
 # --------------------------------------------------------------------------------------------------------- figures
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}, {"prompt": "a photo of"}, {"max_new_tokens": 3}])
-def test_log_prob_is_that_of_generation(model, processor, pixels, kwargs):
+@pytest.mark.parametrize("logits_to_keep", [0, 2**27])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"num_beams": 3}, {"prompt": "a photo of"}, {"max_new_tokens": 3}, {"prompt": "a", "num_beams": 2}]
+)
+def test_log_prob_is_that_of_generation(model, processor, pixels, kwargs, logits_to_keep, monkeypatch):
+    monkeypatch.setattr(captioning, "_LOGITS_TO_KEEP", logits_to_keep)
+    decoded = []
+    monkeypatch.setattr(
+        CocaCaptioner,
+        "_log_probs_of",
+        lambda *args, _inner=CocaCaptioner._log_probs_of: decoded.append(1) or _inner(*args),
+    )
     rows = CocaCaptioner(model, processor, length_penalty=0.0, **kwargs)(pixels)
+    assert len(decoded) == (logits_to_keep == 0)
     prompt = prompt_ids(processor, kwargs.get("prompt", ""), len(pixels))
     options = {name: value for name, value in kwargs.items() if name != "prompt"}
     out = model.generate(

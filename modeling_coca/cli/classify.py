@@ -15,6 +15,7 @@ from .options import (
     FastDecode,
     IdColumn,
     ImageColumn,
+    ImageRoot,
     Images,
     Model,
     NumWorkers,
@@ -111,6 +112,7 @@ def classify(
     split: Split = None,
     image_column: ImageColumn = None,
     id_column: IdColumn = None,
+    image_root: ImageRoot = None,
     batch_size: BatchSize = 64,
     num_workers: NumWorkers = None,
     fast_decode: FastDecode = False,
@@ -150,7 +152,12 @@ def classify(
         "fast_decode": fast_decode,
         "device": device,
         "dtype": dtype,
-        "source_kwargs": {"split": split, "image_column": image_column, "id_column": id_column},
+        "source_kwargs": {
+            "split": split,
+            "image_column": image_column,
+            "id_column": id_column,
+            "image_root": image_root,
+        },
     }
     if evaluate:
         figures = evaluate_images(images, label_column=label_column, confusion_picture=confusion, **shared)

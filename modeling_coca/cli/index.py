@@ -16,6 +16,7 @@ from .options import (
     FastDecode,
     IdColumn,
     ImageColumn,
+    ImageRoot,
     NumWorkers,
     OptionalImages,
     Split,
@@ -63,6 +64,7 @@ def index(
     split: Split = None,
     image_column: ImageColumn = None,
     id_column: IdColumn = None,
+    image_root: ImageRoot = None,
     captions: Annotated[
         bool,
         typer.Option(
@@ -128,7 +130,13 @@ def index(
             device=device,
             dtype=dtype,
             skip=made,
-            source_kwargs={"split": split, "image_column": image_column, "id_column": id_column, "keep": keep},
+            source_kwargs={
+                "split": split,
+                "image_column": image_column,
+                "id_column": id_column,
+                "image_root": image_root,
+                "keep": keep,
+            },
             overwrite=overwrite,
         )
         if done is None:  # the last of several processes makes the index

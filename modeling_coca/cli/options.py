@@ -42,6 +42,14 @@ IdColumn = Annotated[
         rich_help_panel=IMAGES,
     ),
 ]
+ImageRoot = Annotated[
+    str | None,
+    typer.Option(
+        "--image_root",
+        help="Folder that the paths in tables, and links in folders, may lead into; by default their own.",
+        rich_help_panel=IMAGES,
+    ),
+]
 BatchSize = Annotated[
     int,
     typer.Option("--batch_size", min=1, help="Images at a time: as many as memory allows.", rich_help_panel=MACHINE),

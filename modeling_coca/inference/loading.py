@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
+from .limits import check_image, check_plain
 from .sources import ImageShard
 
 
@@ -152,9 +153,12 @@ def open_image(source: Any, at_least: int | None = None) -> Any:
     if isinstance(source, str) and "://" in source:
         raise ValueError("the image is a URL: download it first, for example with img2dataset")
     if isinstance(source, (str, os.PathLike, bytes)):
+        if not isinstance(source, bytes):
+            check_plain(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if at_least is not None:
                 image.draft("RGB", (at_least, at_least))  # JPEG's own way; other formats ignore it
+            check_image(image)
             return ImageOps.exif_transpose(image).convert("RGB")
     if not isinstance(source, (Image.Image, np.ndarray, torch.Tensor)):
         raise TypeError(f"{type(source).__name__} is no image, path or encoded image")

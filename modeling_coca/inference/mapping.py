@@ -66,7 +66,11 @@ def map_images(
           that is not the last to end.
     """
     process, num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    source_kwargs = {name: value for name, value in (source_kwargs or {}).items() if value is not None}
+    source_kwargs = {
+        name: os.fspath(value) if isinstance(value, os.PathLike) else value  # they are written down
+        for name, value in (source_kwargs or {}).items()
+        if value is not None
+    }
     if output is None and num_processes > 1:
         raise ValueError("Give an `output`: several processes have no list of rows to return.")
     begun = {} if output is None or overwrite else begun_settings(output)

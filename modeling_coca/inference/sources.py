@@ -18,6 +18,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from . import limits
+
 logger = logging.get_logger(__name__)
 
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -44,25 +46,36 @@ class ImageShard:
 
 
 class RowShard(ImageShard):
-    """Rows in memory, `(id, image or path, kept columns)`: files, tables, images at hand."""
+    """Rows in memory, `(id, image or path, kept columns)`: files, tables, images at hand. Paths lead into `roots` only."""
 
-    def __init__(self, rows: Sequence[tuple[str, Any, dict[str, Any]]]):
-        self.rows = rows
+    def __init__(self, rows: Sequence[tuple[str, Any, dict[str, Any]]], roots: Sequence[str] = ("/",)):
+        self.rows, self.roots = rows, roots
         self.size = len(rows)
 
     def list(self) -> Sequence[tuple[str, Any]]:
         return [(row[0], i) for i, row in enumerate(self.rows)]
 
     def read(self, key: int) -> tuple[Any, dict[str, Any]]:
-        return self.rows[key][1:]
+        _, image, kept = self.rows[key]
+        return _allowed(image, self.roots), kept
 
 
 class DatasetShard(ImageShard):
-    """Rows `start` to `stop` of a `datasets.Dataset`."""
+    """Rows `start` to `stop` of a `datasets.Dataset`. Paths lead into `roots` only."""
 
-    def __init__(self, dataset, name: str, start: int, stop: int, image: str, id_column: str | None, keep: list[str]):
+    def __init__(
+        self,
+        dataset,
+        name: str,
+        start: int,
+        stop: int,
+        image: str,
+        id_column: str | None,
+        keep: list[str],
+        roots: Sequence[str],
+    ):
         self.dataset, self.name, self.start, self.size = dataset, name, start, stop - start
-        self.image, self.id_column, self.keep = image, id_column, keep
+        self.image, self.id_column, self.keep, self.roots = image, id_column, keep, roots
 
     def list(self) -> Sequence[tuple[str, Any]]:
         rows = range(self.start, self.start + self.size)
@@ -73,15 +86,24 @@ class DatasetShard(ImageShard):
 
     def read(self, key: int) -> tuple[Any, dict[str, Any]]:
         row = self.dataset[key]
-        return _encoded(row[self.image]), {name: row[name] for name in self.keep}
+        return _allowed(_encoded(row[self.image]), self.roots), {name: row[name] for name in self.keep}
 
 
 class ParquetShard(ImageShard):
-    """Rows `start` to `stop` of a Parquet file. Paths in it are relative to its folder."""
+    """Rows `start` to `stop` of a Parquet file. Paths in it are relative to its folder, and lead into `roots` only."""
 
-    def __init__(self, path: str, start: int, stop: int, image: str, id_column: str | None, keep: list[str]):
+    def __init__(
+        self,
+        path: str,
+        start: int,
+        stop: int,
+        image: str,
+        id_column: str | None,
+        keep: list[str],
+        roots: Sequence[str],
+    ):
         self.path, self.start, self.size = path, start, stop - start
-        self.image, self.id_column, self.keep = image, id_column, keep
+        self.image, self.id_column, self.keep, self.roots = image, id_column, keep, roots
 
     def list(self) -> Sequence[tuple[str, Any]]:
         rows = range(self.start, self.start + self.size)
@@ -92,9 +114,9 @@ class ParquetShard(ImageShard):
     def read(self, key: int) -> tuple[Any, dict[str, Any]]:
         row = _parquet_row(self.path, key, (self.image, *self.keep))
         image = _encoded(row[self.image])
-        if isinstance(image, str):
+        if isinstance(image, str) and "://" not in image:
             image = os.path.join(os.path.dirname(self.path), image)
-        return image, {name: row[name] for name in self.keep}
+        return _allowed(image, self.roots), {name: row[name] for name in self.keep}
 
 
 class TarShard(ImageShard):
@@ -113,7 +135,7 @@ class TarShard(ImageShard):
                     end = member.offset_data + member.size
                     folder, name = os.path.split(member.name)
                     stem, dot, extension = name.partition(".")
-                    if not member.isfile() or not stem or not dot:
+                    if not member.isfile() or member.issparse() or not stem or not dot:
                         continue
                     key, place = os.path.join(folder, stem), (member.offset_data, member.size)
                     if "." + extension.lower() in IMAGE_SUFFIXES:
@@ -142,12 +164,23 @@ def _open_file(path: str):
 
 
 def _read_part(path: str, offset: int, size: int) -> bytes:
+    if size > limits.MAX_VALUE_BYTES:
+        raise ValueError(f"{size:,} bytes are more than the {limits.MAX_VALUE_BYTES:,} that are read")
     return os.pread(_open_file(path).fileno(), size, offset)
 
 
 @lru_cache(maxsize=2)
 def _row_group(path: str, index: int, columns: tuple[str, ...]):
-    return _parquet_file(path).read_row_group(index, columns=list(columns))
+    file = _parquet_file(path)
+    group = file.metadata.row_group(index)
+    parts = map(group.column, range(group.num_columns))
+    size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in columns)
+    if size > limits.MAX_ROW_GROUP_BYTES:
+        raise ValueError(
+            f"row group {index} has {size:,} bytes, more than the {limits.MAX_ROW_GROUP_BYTES:,} that are read: write the file "
+            "anew with smaller row groups"
+        )
+    return file.read_row_group(index, columns=list(columns))
 
 
 def _parquet_file(path: str):
@@ -158,7 +191,11 @@ def _parquet_file(path: str):
 def _open_parquet(path: str, process: int):
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(path)
+    schema = pq.ParquetFile(path).schema
+    leaves = map(schema.column, range(len(schema)))
+    # A value that rows share is kept once: of its own for each row, it would make gigabytes of a file of some hundred bytes
+    shared = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and not leaf.max_repetition_level]
+    return pq.ParquetFile(path, read_dictionary=shared)
 
 
 @lru_cache(maxsize=8)
@@ -182,12 +219,19 @@ def _encoded(value: Any) -> Any:
     return value
 
 
+def _allowed(image: Any, roots: Sequence[str]) -> Any:
+    if isinstance(image, str) and "://" not in image:
+        limits.check_inside(image, roots)
+    return image
+
+
 def open_images(
     images: Any,
     *,
     shard_size: int = 1024,
     image_column: str | None = None,
     id_column: str | None = None,
+    image_root: str | os.PathLike | None = None,
     split: str | None = None,
     keep: Sequence[str] = (),
 ) -> list[ImageShard]:
@@ -203,6 +247,8 @@ def open_images(
         shard_size (`int`): images a shard, except that a tar file is one.
         image_column, id_column (`str`, *optional*): of tables and data sets. By default the image column is found by
             its type or name, and the id is the path, or `<table>/<row>`.
+        image_root (`str`, *optional*): folder that the paths in tables and data sets, and the links in folders, may lead
+            into. By default the table's own folder, or the folder itself: what others have written opens no other file.
         split (`str`, *optional*): of a data set on the Hub.
         keep (`Sequence[str]`): columns, or file extensions within a tar, whose values go along with the image.
 
@@ -221,6 +267,7 @@ def open_images(
     ```
     """
     options = {"image_column": image_column, "id_column": id_column, "split": split, "keep": list(keep)}
+    options["image_root"] = None if image_root is None else os.fspath(image_root)
     items = [images] if isinstance(images, (str, os.PathLike)) or _is_dataset(images) else images
     if not isinstance(items, Sequence):
         items = [items]
@@ -228,11 +275,11 @@ def open_images(
     rows: list[tuple[str, Any, dict[str, Any]]] = []
     for number, item in enumerate(items):
         if _is_dataset(item):
-            shards += _dataset_shards(item, "row", shard_size, options)
+            shards += _dataset_shards(item, "row", shard_size, options, ["/"])
         elif not isinstance(item, (str, os.PathLike)):
             rows.append((str(number), item, {}))
         else:
-            for found in _expand(os.fspath(item)):
+            for found in _expand(os.fspath(item), options["image_root"]):
                 suffix = Path(found).suffix.lower()
                 if os.path.isfile(found) and suffix not in {*TABLE_SUFFIXES, ".parquet", ".tar"}:
                     rows.append((found, found, {}))  # whatever its suffix: it was asked for by name
@@ -250,20 +297,20 @@ def _is_dataset(value: Any) -> bool:
     return hasattr(value, "select_columns") and hasattr(value, "features")
 
 
-def _expand(item: str) -> Iterator[str]:
+def _expand(item: str, image_root: str | None) -> Iterator[str]:
     """A glob, a folder or `{000..099}` to the files it stands for; anything else as it is."""
     if match := re.search(r"\{(\d+)\.\.(\d+)\}", item):
         first, last = match.groups()
         for number in range(int(first), int(last) + 1):
-            yield from _expand(item.replace(match.group(), str(number).zfill(len(first))))
+            yield from _expand(item.replace(match.group(), str(number).zfill(len(first))), image_root)
     elif not os.path.exists(item) and glob.has_magic(item):
         found = sorted(glob.glob(item, recursive=True))
         if not found:
             raise FileNotFoundError(f"No file matches {item}.")
         for path in found:
-            yield from _expand(path)
+            yield from _expand(path, image_root)
     elif os.path.isdir(item) and not _is_saved_dataset(item):
-        yield from _walk(item)
+        yield from _walk(item, image_root)
     else:
         yield item
 
@@ -273,20 +320,47 @@ def _is_saved_dataset(folder: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_dict.json", "state.json"))
 
 
-def _walk(folder: str) -> list[str]:
+def _walk(folder: str, image_root: str | None) -> list[str]:
     """The images below a folder; if there are none, its tar shards or Parquet files."""
     found: dict[str, list[str]] = {"image": [], ".tar": [], ".parquet": []}
+    roots, entered, left_out = [image_root or root_of(folder)], set(), []
+
+    def is_allowed(path: str) -> bool:
+        if not os.path.islink(path):
+            return True
+        target = os.path.realpath(path)
+        if not limits.is_inside(target, roots):
+            left_out.append(path)
+        elif os.path.isdir(target) and target not in entered:  # once, as links can go round in circles
+            entered.add(target)
+            return True
+        return os.path.isfile(target) and limits.is_inside(target, roots)
+
     for path, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and is_allowed(os.path.join(path, n)))
         for name in sorted(names):
             suffix = os.path.splitext(name)[1].lower()
             kind = "image" if suffix in IMAGE_SUFFIXES else suffix
-            if kind in found and not name.startswith("."):
+            if kind in found and not name.startswith(".") and is_allowed(os.path.join(path, name)):
                 found[kind].append(os.path.join(path, name))
+    hint = ""
+    if left_out:
+        hint = f"{len(left_out)} links lead out of {roots[0]} and are left out, such as {left_out[0]}: name the folder that "
+        hint += "they may lead into by `image_root`."
     files = next((files for files in found.values() if files), None)
     if files is None:
-        raise ValueError(f"There are no images, tar shards or Parquet files in {folder}.")
+        raise ValueError(f"There are no images, tar shards or Parquet files in {folder}. {hint}".strip())
+    if hint:
+        logger.warning(hint)
     return files
+
+
+def root_of(folder: str) -> str:
+    """What the links in a folder may lead into: the folder itself; of a repository in the Hub's cache all of it, as its files are links into a folder beside it."""
+    for parent in Path(os.path.realpath(folder)).parents:
+        if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
+            return str(parent.parent)
+    return folder
 
 
 def _open_table(source: str, suffix: str, shard_size: int, options: dict[str, Any]) -> list[ImageShard]:
@@ -299,28 +373,33 @@ def _open_table(source: str, suffix: str, shard_size: int, options: dict[str, An
     if suffix in TABLE_SUFFIXES:
         _require_file(source)
         rows = _table_rows(source, suffix, options)
-        return [RowShard(rows[i : i + shard_size]) for i in range(0, len(rows), shard_size)]
+        roots = [options["image_root"] or os.path.dirname(source) or "."]
+        _allowed(rows[0][1], roots)  # where even the first leads elsewhere, it is said before work begins
+        return [RowShard(rows[i : i + shard_size], roots) for i in range(0, len(rows), shard_size)]
     saved = os.path.isdir(source)
     if not saved and (suffix in IMAGE_SUFFIXES or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)):
         _require_file(source)
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import DatasetDict, config, load_dataset, load_from_disk
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     if saved:
-        dataset = load_from_disk(source)
+        dataset, roots = load_from_disk(source), [source]
     else:
+        roots = [str(config.HF_DATASETS_CACHE), HF_HUB_CACHE]
         try:
             dataset = load_dataset(source)
         except Exception as error:  # the Hub's, the network's, the loader's: many kinds
             raise ValueError(
                 f"{source} is neither a file or folder here nor a data set that loads from the Hub ({error})."
             ) from error
+    roots = [*filter(None, [options["image_root"]]), *roots]
     if isinstance(dataset, DatasetDict):
         split = options["split"] or (next(iter(dataset)) if len(dataset) == 1 else None)
         if split not in dataset:
             given = "has several splits" if split is None else f"has no split {split!r}"
             raise ValueError(f"{source} {given}: choose one by `split`, of {', '.join(dataset)}.")
-        return _dataset_shards(dataset[split], split, shard_size, options)
-    return _dataset_shards(dataset, "row", shard_size, options)
+        return _dataset_shards(dataset[split], split, shard_size, options, roots)
+    return _dataset_shards(dataset, "row", shard_size, options, roots)
 
 
 def _require_file(path: str) -> None:
@@ -328,7 +407,9 @@ def _require_file(path: str) -> None:
         raise FileNotFoundError(f"There is no file or folder {path}.")
 
 
-def _dataset_shards(dataset, name: str, shard_size: int, options: dict[str, Any]) -> list[ImageShard]:
+def _dataset_shards(
+    dataset, name: str, shard_size: int, options: dict[str, Any], roots: Sequence[str]
+) -> list[ImageShard]:
     import datasets
 
     images = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
@@ -339,7 +420,7 @@ def _dataset_shards(dataset, name: str, shard_size: int, options: dict[str, Any]
     if isinstance(dataset.features[column], datasets.Image):
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
     return [
-        DatasetShard(dataset, name, start, min(start + shard_size, len(dataset)), column, id_column, keep)
+        DatasetShard(dataset, name, start, min(start + shard_size, len(dataset)), column, id_column, keep, roots)
         for start in range(0, len(dataset), shard_size)
     ]
 
@@ -351,18 +432,22 @@ def _parquet_shards(path: str, shard_size: int, options: dict[str, Any]) -> list
         schema, num_rows = _parquet_file(path).schema_arrow, _row_group_starts(path)[-1]
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is no Parquet file ({error}).") from error
+    types = {
+        field.name: field.type.value_type if pa.types.is_dictionary(field.type) else field.type for field in schema
+    }
     of_images = [
-        field.name
-        for field in schema
-        if pa.types.is_binary(field.type)
-        or pa.types.is_large_binary(field.type)
-        or (pa.types.is_struct(field.type) and {"bytes", "path"} & {child.name for child in field.type})
+        name
+        for name, kind in types.items()
+        if pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or (pa.types.is_struct(kind) and {"bytes", "path"} & {child.name for child in kind})
     ]
     column = _choose_column(of_images, schema.names, options["image_column"], path)
     keep, id_column = options["keep"], options["id_column"]
     _check_columns([*keep, *filter(None, [id_column])], schema.names, path)
+    roots = [options["image_root"] or os.path.dirname(path) or "."]
     return [
-        ParquetShard(path, start, min(start + shard_size, num_rows), column, id_column, keep)
+        ParquetShard(path, start, min(start + shard_size, num_rows), column, id_column, keep, roots)
         for start in range(0, num_rows, shard_size)
     ]
 
@@ -415,4 +500,5 @@ __all__ = [
     "RowShard",
     "TarShard",
     "open_images",
+    "root_of",
 ]

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -9,14 +10,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 from transformers.utils import logging
 
 from ..evaluation.evaluator import missing_column
+from ..inference.limits import check_image, check_inside
+from ..inference.sources import root_of
 
 try:
     import datasets
@@ -84,6 +88,7 @@ def load_data(
     config_name: str | None = None,
     data_files: Mapping[str, str | Sequence[str]] | None = None,
     image_column: str = "image",
+    image_root: str | os.PathLike[str] | None = None,
     streaming: bool = False,
     shuffle_buffer: int = 1000,
     seed: int = 0,
@@ -111,6 +116,8 @@ def load_data(
         config_name (`str`, *optional*): which configuration of a data set of the Hub.
         data_files (`Mapping[str, str | Sequence[str]]`, *optional*): instead of `name`, files or patterns for each split.
         image_column (`str`, defaults to `"image"`): column of the images: images, their bytes, or paths.
+        image_root (`str`, *optional*): folder that paths in the data may lead into; by default the folder of the file, or the
+            data set's. URLs are not followed.
         streaming (`bool`, defaults to `False`): read while training. The splits are iterable then.
         shuffle_buffer (`int`, defaults to 1000): rows to draw from, when streaming the split `"train"`; 0 keeps the order.
         seed (`int`, defaults to 0): of the shuffling.
@@ -146,18 +153,26 @@ def load_data(
     skipped = SkippedImages() if skipped is None else skipped
     if name is not None and _builder_of(str(name)) and Path(name).is_file():
         data_files, name = {"train": str(name)}, None
-    root = ""
+    root, own = "", ""
     if data_files is not None:
         files = {split: [paths] if isinstance(paths, str) else list(paths) for split, paths in data_files.items()}
-        builder, options, root = _describe(files)
+        builder, options, folders = _describe(files)
+        root = folders[0] if len(folders) == 1 else ""
+        roots = [folder or "." for folder in folders]
         data = datasets.load_dataset(builder, data_files=files, streaming=streaming, **options)
     elif any((Path(name) / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
         if streaming:
             raise ValueError(f"{name} was written by `save_to_disk` and is mapped from there: leave out `streaming`.")
+        roots = [str(name)]
         data = datasets.load_from_disk(str(name))
         data = data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict({"train": data})
     else:
         data = datasets.load_dataset(str(name), config_name, streaming=streaming)
+        if Path(name).is_dir():
+            roots, own = [root_of(str(name))], os.path.join(os.path.abspath(name), "")
+        else:
+            roots, own = [str(datasets.config.HF_DATASETS_CACHE), HF_HUB_CACHE], f"hf://datasets/{name}@"
+    place = _Place(root, [*([image_root] if image_root else []), *roots], own)
     clean = {}
     for split, rows in data.items():
         if rows.features is None:  # a stream that says nothing of itself: look at its beginning
@@ -166,9 +181,9 @@ def load_data(
             raise ValueError(missing_column(image_column, "image_column", rows.features))
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
         if streaming:
-            clean[split] = _readable_stream(rows, split, image_column, root, shuffle_buffer, seed, skipped)
+            clean[split] = _readable_stream(rows, split, image_column, place, shuffle_buffer, seed, skipped)
         else:
-            clean[split] = _readable_rows(rows, split, image_column, root, num_proc, skipped)
+            clean[split] = _readable_rows(rows, split, image_column, place, num_proc, skipped)
     return datasets.IterableDatasetDict(clean) if streaming else datasets.DatasetDict(clean)
 
 
@@ -176,8 +191,8 @@ def _builder_of(path: str) -> str | None:
     return next((builder for ending, builder in _BUILDERS.items() if path.lower().endswith(ending)), None)
 
 
-def _describe(files: Mapping[str, list[str]]) -> tuple[str, dict[str, Any], str]:
-    """How to read the files: the builder of `datasets`, its options, and the folder that paths in them start from."""
+def _describe(files: Mapping[str, list[str]]) -> tuple[str, dict[str, Any], list[str]]:
+    """How to read the files: the builder of `datasets`, its options, and the folders that they are in."""
     paths = [path for some in files.values() for path in some]
     builders = {_builder_of(path) for path in paths}
     if len(builders) != 1 or None in builders:
@@ -185,9 +200,16 @@ def _describe(files: Mapping[str, list[str]]) -> tuple[str, dict[str, Any], str]
             f"`data_files` must be of one type of {', '.join(_BUILDERS)}, got {', '.join(map(repr, paths[:5]))}."
         )
     (builder,) = builders
-    folders = {os.path.dirname(path) for path in paths}
-    root = folders.pop() if len(folders) == 1 and "://" not in paths[0] else ""
-    return builder, {"sep": "\t"} if paths[0].lower().endswith(".tsv") else {}, root
+    folders = sorted({os.path.dirname(path) for path in paths if "://" not in path})
+    return builder, {"sep": "\t"} if paths[0].lower().endswith(".tsv") else {}, folders
+
+
+class _Place(NamedTuple):
+    """Where the paths in data start from (`root`), which folders they may lead into, and the address of the set itself."""
+
+    root: str
+    roots: list[str | os.PathLike[str]]
+    own: str
 
 
 def _located(cell: Mapping[str, Any] | None, root: str) -> Mapping[str, Any] | None:
@@ -197,18 +219,28 @@ def _located(cell: Mapping[str, Any] | None, root: str) -> Mapping[str, Any] | N
     return {"bytes": None, "path": os.path.join(root, cell["path"])}
 
 
-def _read(cell: Mapping[str, Any] | None) -> tuple[Image.Image | None, str | None]:
+def _read(cell: Mapping[str, Any] | None, place: _Place) -> tuple[Image.Image | None, str | None]:
     """The decoded image, or why there is none."""
+    cell = _located(cell, place.root)
     if cell is None or (cell.get("bytes") is None and not cell.get("path")):
         return None, "no image"
     try:
+        content = cell.get("bytes")
+        if content is None and "://" in cell["path"]:
+            if not place.own or not re.match(rf"((zip|tar)://[^:]*::)?{re.escape(place.own)}", cell["path"]):
+                raise ValueError("the image is a URL: download it first, for example with img2dataset")
+        else:
+            if content is None:
+                check_inside(cell["path"], place.roots)
+            with Image.open(cell["path"] if content is None else io.BytesIO(content)) as image:
+                check_image(image)
         return datasets.Image().decode_example(dict(cell)), None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
         return None, re.sub(r" <_io\.BytesIO.*?>", "", f"{type(error).__name__}: {error}")
 
 
-def _errors(cells: Sequence[Mapping[str, Any] | None], root: str) -> dict[str, list[str | None]]:
-    return {"error": [_read(_located(cell, root))[1] for cell in cells]}
+def _errors(cells: Sequence[Mapping[str, Any] | None], place: _Place) -> dict[str, list[str | None]]:
+    return {"error": [_read(cell, place)[1] for cell in cells]}
 
 
 def _name_of(cell: Mapping[str, Any] | None, others: Mapping[str, Any]) -> str:
@@ -223,13 +255,13 @@ def _name_of(cell: Mapping[str, Any] | None, others: Mapping[str, Any]) -> str:
 
 
 def _readable_rows(
-    rows: "datasets.Dataset", split: str, image_column: str, root: str, num_proc: int | None, skipped: SkippedImages
+    rows: "datasets.Dataset", split: str, image_column: str, place: _Place, num_proc: int | None, skipped: SkippedImages
 ) -> "datasets.Dataset":
     cells = rows.select_columns([image_column])
     errors = cells.map(
         _errors,
         input_columns=image_column,
-        fn_kwargs={"root": root},
+        fn_kwargs={"place": place},
         batched=True,
         batch_size=64,
         remove_columns=[image_column],
@@ -246,9 +278,9 @@ def _readable_rows(
     if len(kept) < len(errors):
         logger.warning(f"{len(errors) - len(kept)} of {len(errors)} images of {split!r} are left out.")
         rows = rows.select(kept)
-    if root and any(cell is not None and cell["bytes"] is None for cell in cells[:1][image_column]):
+    if place.root and any(cell is not None and cell["bytes"] is None for cell in cells[:1][image_column]):
         rows = rows.map(
-            lambda cell: {image_column: _located(cell, root)},
+            lambda cell: {image_column: _located(cell, place.root)},
             input_columns=image_column,
             features=rows.features,
             desc="Paths",
@@ -260,25 +292,25 @@ def _readable_stream(
     rows: "datasets.IterableDataset",
     split: str,
     image_column: str,
-    root: str,
+    place: _Place,
     shuffle_buffer: int,
     seed: int,
     skipped: SkippedImages,
 ) -> "datasets.IterableDataset":
     if split == "train" and shuffle_buffer:
         rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
-    decode = functools.partial(_decode_batch, split=split, image_column=image_column, root=root, skipped=skipped)
+    decode = functools.partial(_decode_batch, split=split, image_column=image_column, place=place, skipped=skipped)
     return rows.map(decode, batched=True, batch_size=16)
 
 
 def _decode_batch(
-    batch: Mapping[str, list[Any]], split: str, image_column: str, root: str, skipped: SkippedImages
+    batch: Mapping[str, list[Any]], split: str, image_column: str, place: _Place, skipped: SkippedImages
 ) -> dict[str, list[Any]]:
     """Decodes a stream's images; rows without a readable one are left out."""
     cells = batch[image_column]
     images, kept = [], []
     for i, cell in enumerate(cells):
-        image, error = _read(_located(cell, root))
+        image, error = _read(cell, place)
         if error is None:
             images.append(image)
             kept.append(i)

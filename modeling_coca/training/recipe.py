@@ -61,6 +61,9 @@ class DataArguments:
         metadata={"help": "Share of the training rows to evaluate on where there is no such split; 0 for none."},
     )
     image_column: str = "image"
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder that paths in the data may lead into, by default the data's own."}
+    )
     text_column: str = field(default="text", metadata={"help": "Caption, list of captions, or class label."})
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
@@ -173,6 +176,7 @@ def load_splits(data: DataArguments, training: TrainingArguments, **columns: str
         skipped = SkippedImages(Path(training.output_dir) / "skipped_images.jsonl", resume=training.process_index > 0)
         options = {
             "image_column": data.image_column,
+            "image_root": data.image_root,
             "num_proc": data.num_proc,
             "seed": training.seed,
             "skipped": skipped,

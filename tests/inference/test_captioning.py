@@ -199,9 +199,8 @@ def test_unreadable_images_have_their_row(model_folder, photos, tmp_path):
         "\n".join(["path,note", f"{photos}/00.png,x", "gone.png,y", f"{photos}/03.png,z"])
     )
     kwargs = {"model": model_folder, "num_workers": 0, "show_progress": False}
-    done = caption_images(
-        tmp_path / "list.csv", tmp_path / "out.parquet", source_kwargs={"keep": ["note"], "shard_size": 2}, **kwargs
-    )
+    source_kwargs = {"keep": ["note"], "shard_size": 2, "image_root": tmp_path.parent}
+    done = caption_images(tmp_path / "list.csv", tmp_path / "out.parquet", source_kwargs=source_kwargs, **kwargs)
     assert done["images"] == 3 and [name for name, _ in done["failed"]] == [str(tmp_path / "gone.png")]
     rows = list(read_rows(tmp_path / "out.parquet"))
     assert [row["note"] for row in rows] == ["x", None, "z"]

@@ -191,6 +191,7 @@ def test_evaluation_of_several_labels(labelled, model_folder, dual, tmp_path):
         classes=CLASSES,
         label_column="tags",
         classifier_kwargs={"multi_label": True},
+        source_kwargs={"image_root": labelled},
         num_workers=0,
     )
     targets = np.array([[name in labels[i % 3] for name in CLASSES] for i in range(24)])

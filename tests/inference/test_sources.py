@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import tarfile
 
 import numpy as np
@@ -50,17 +51,18 @@ def make_source(kind, paths, folder):
     if kind == "csv":
         lines = ["file_name,caption", *(f"{path},{caption}" for path, caption in zip(paths, captions, strict=True))]
         (folder / "list.csv").write_text("\n".join(lines))
-        return folder / "list.csv", {}
+        return folder / "list.csv", {"image_root": os.path.commonpath(paths)}
     if kind == "jsonl":
         rows = [json.dumps({"path": path, "caption": c}) for path, c in zip(paths, captions, strict=True)]
         (folder / "list.jsonl").write_text("\n".join(rows))
-        return folder / "list.jsonl", {}
+        return folder / "list.jsonl", {"image_root": os.path.commonpath(paths)}
     if kind == "parquet of bytes":
         pq.write_table(pa.table({"jpg": contents, "caption": captions}), folder / "set.parquet", row_group_size=5)
         return folder / "set.parquet", {"shard_size": 3}
     if kind == "parquet of paths":
         pq.write_table(pa.table({"where": paths, "caption": captions}), folder / "set.parquet")
-        return str(folder / "set.parquet"), {"image_column": "where", "id_column": "where"}
+        options = {"image_column": "where", "id_column": "where", "image_root": os.path.commonpath(paths)}
+        return str(folder / "set.parquet"), options
     if kind == "tar":
         for number, part in enumerate((slice(0, 7), slice(7, None))):
             members = []
@@ -159,7 +161,7 @@ def test_unreadable_images_have_a_reason_and_the_others_go_on(photos, paths, pix
     (tmp_path / "empty.png").write_bytes(b"")
     bad = [tmp_path / "cut.jpg", tmp_path / "text.png", tmp_path / "empty.png", tmp_path / "gone.png", "http://x/y.jpg"]
     (tmp_path / "list.csv").write_text("\n".join(["path", paths[0], *map(str, bad), paths[2]]))
-    shards = open_images(tmp_path / "list.csv")
+    shards = open_images(tmp_path / "list.csv", image_root=tmp_path.parent)
     (batch,) = ImageLoader(shards, processor.image_processor)
     assert [ref.id for ref in batch.refs] == [paths[0], paths[2]] and torch.equal(batch.pixel_values, pixels[[0, 2]])
     reasons = {ref.id.rsplit("/")[-1]: reason for ref, reason in batch.errors}

@@ -13,6 +13,7 @@ from .linear_coca import CocaLinear, linear
 
 IGNORE_INDEX = -100
 CHUNK_SIZE = 1024
+_WORDS = 2048  # whose gradients are added at a time
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -21,7 +22,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     softmax of each row, or (`sigmoid`) over each logit on its own, of which the row's label is the positive one.
 
     The gradients are formed together with the loss, while a chunk's logits are there (as in Liger, arXiv 2410.10989), so
-    that nothing is computed twice and nothing of size `len(hidden) x len(weight)` outlives a chunk.
+    that nothing is computed twice and nothing of size `len(hidden) x len(weight)` outlives a chunk. Of the size of `weight`
+    there is its gradient alone.
     """
 
     @staticmethod
@@ -31,10 +33,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        # Summed in fp32 or better: bf16 weights would lose small contributions of the later chunks
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
-        for start in range(0, hidden.shape[0], rows):
+        grad_weight = None
+        # At least once: without tokens, too, there are gradients (of 0)
+        for start in range(0, max(hidden.shape[0], 1), rows):
             part = slice(start, start + rows)
+            logits = grad_logits = None  # of the chunk before
             logits = linear(hidden[part], weight).to(dtype)  # [rows, V]
             log_normalizer = F.softplus(logits).sum(dim=-1) if sigmoid else torch.logsumexp(logits, dim=-1)
             target = labels[part, None]
@@ -47,7 +50,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_hidden:
                 grad_hidden[part] = linear(grad_logits, weight.to(hidden.dtype).t())
             if need_weight:
-                grad_weight += linear(grad_logits.t(), hidden[part].t())
+                if grad_weight is None:
+                    # Summed in fp32 or better: bf16 weights would lose small contributions of the later chunks
+                    grad_weight = torch.zeros_like(weight, dtype=dtype)
+                _add_product(grad_weight, grad_logits.t(), hidden[part].t())
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -56,11 +62,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype),
-            *(None,) * 4,
-        )
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            # A copy only for who asked to come back (`retain_graph=True`)
+            grad_weight = grad_weight * grad_loss if _is_graph_kept() else grad_weight.mul_(grad_loss)
+            grad_weight = grad_weight.to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, *(None,) * 4
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """`total += left @ right.T`, some rows at a time: their product stays in the processor's cache, and takes no room."""
+    for rows, left_rows in zip(total.split(_WORDS), left.split(_WORDS), strict=True):
+        rows += linear(left_rows, right)
+
+
+def _is_graph_kept() -> bool:
+    """Whether the backward pass that runs leaves what was saved for another one."""
+    is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return is_kept is None or torch.compiler.is_compiling() or is_kept()
 
 
 def linear_cross_entropy(

@@ -3,6 +3,7 @@
 import faulthandler
 import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import modeling_coca.loss_coca as loss_coca
 from modeling_coca.loss_coca import caption_loss, contrastive_loss, linear_cross_entropy
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TOKENS, WIDTH, VOCABULARY = 13, 8, 31
 
 
@@ -174,6 +176,62 @@ def test_at_most_a_chunk_of_logits_at_a_time(problem, monkeypatch):
     shapes = recorded_linear_shapes(monkeypatch)
     linear_cross_entropy(hidden, weight, labels, 5)
     assert shapes == [(5, WIDTH), (5, WIDTH), (3, WIDTH)]
+
+
+@pytest.mark.parametrize("rows", [3000, 40], ids=["one_part", "parts"])
+def test_gradients_of_the_weight_are_summed_in_parts(rows, monkeypatch):
+    """The vocabulary is no multiple of the parts in which products are added."""
+    monkeypatch.setattr(loss_coca, "_WORDS", rows)
+    torch.manual_seed(0)
+    inputs = torch.randn(30, WIDTH, requires_grad=True), torch.randn(101, WIDTH, requires_grad=True)
+    labels = torch.randint(0, 101, (30,))
+    grads = torch.autograd.grad(0.5 * linear_cross_entropy(*inputs, labels, 8), inputs)
+    expected = torch.autograd.grad(0.5 * plain(*inputs, labels), inputs)
+    torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_gradient_of_the_size_of_the_weight_is_in_memory(monkeypatch):
+    """From the forward to the end of the backward pass: beside it there is a chunk of logits, and no second of either."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from peak_memory import PeakMemory
+
+    monkeypatch.setattr(loss_coca, "_WORDS", 500)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(20_000, 32, requires_grad=True)
+    labels = torch.randint(0, len(weight), (64,))
+    with PeakMemory() as memory:
+        torch.autograd.grad(0.3 * linear_cross_entropy(hidden, weight, labels, 16), (hidden, weight))
+    logits = 16 * len(weight) * 4
+    assert weight.nbytes + logits <= memory.peak < 1.05 * (weight.nbytes + logits)
+
+
+def test_a_graph_that_is_kept_gives_its_gradients_again(problem):
+    """They are scaled in place only where nobody comes back for them."""
+    hidden, weight, labels = problem
+    inputs = (hidden, weight)
+    expected = torch.autograd.grad(plain(hidden, weight, labels), inputs)
+    loss = linear_cross_entropy(hidden, weight, labels, 4)
+    first = torch.autograd.grad(3 * loss, inputs, retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    (0.5 * loss).backward(retain_graph=True)
+    (0.25 * loss).backward()
+    torch.testing.assert_close(list(first), kept, rtol=0, atol=0)
+    for leaf, grad, plain_grad in zip(inputs, first, expected, strict=True):
+        torch.testing.assert_close(grad, 3 * plain_grad, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(leaf.grad, 0.75 * plain_grad, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_loss(problem, use_reentrant):
+    hidden, weight, labels = problem
+    expected = torch.autograd.grad(0.3 * plain(hidden, weight, labels), (hidden, weight))
+    loss = torch.utils.checkpoint.checkpoint(
+        linear_cross_entropy, hidden, weight, labels, 4, use_reentrant=use_reentrant
+    )
+    (0.3 * loss).backward()
+    torch.testing.assert_close((hidden.grad, weight.grad), expected, rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------- caption_loss

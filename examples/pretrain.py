@@ -43,13 +43,14 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         PretrainArguments, DataArguments, ModelArguments, args=args, learning_rate=1e-3, per_device_train_batch_size=64
     )
     splits = load_splits(data, training, text_column=data.text_column)
+    config = AutoConfig.from_pretrained(pretrain.config_name, trust_remote_code=False)
     processor = new_processor(
         splits.train,
         training,
         data.text_column,
         vocab_size=pretrain.vocab_size,
         max_text_length=pretrain.max_text_length,
-        image_size=arguments.image_size or AutoConfig.from_pretrained(pretrain.config_name).vision_config.image_size,
+        image_size=arguments.image_size or config.vision_config.image_size,
         limit=pretrain.tokenizer_rows,
     )
     model = new_model(pretrain.config_name, processor, arguments)

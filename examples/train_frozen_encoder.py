@@ -45,9 +45,9 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         FrozenEncoderArguments, DataArguments, ModelArguments, args=args, learning_rate=1e-3
     )
     splits = load_splits(data, training, text_column=data.text_column)
-    encoder = AutoModel.from_pretrained(frozen.vision_model)
+    encoder = AutoModel.from_pretrained(frozen.vision_model, trust_remote_code=False)
     encoder = getattr(encoder, "vision_model", encoder)  # the image half of a CLIP
-    images = AutoImageProcessor.from_pretrained(frozen.vision_model)
+    images = AutoImageProcessor.from_pretrained(frozen.vision_model, trust_remote_code=False)
     processor = new_processor(
         splits.train,
         training,

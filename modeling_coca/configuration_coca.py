@@ -36,6 +36,21 @@ def _require_probability(config: PreTrainedConfig, *names: str) -> None:
         _require(0 <= value < 1, f"`{name}` is a probability and must lie in [0, 1), got {value}.")
 
 
+def _check_timm(vision_config: PreTrainedConfig) -> None:
+    """A config is data: it must not have timm read other files, whatever they hold, or ask the Hub for another config."""
+    if vision_config.model_type == "timm_wrapper":
+        reads = sorted(
+            {*(vision_config.model_args or {})}
+            & {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+        )
+        _require(
+            not reads,
+            f"`vision_config.model_args` must not have {', '.join(reads)}: load weights after the model is made.",
+        )
+        name = vision_config.architecture
+        _require(":" not in name, f"`vision_config.architecture` must be one of timm's own, got {name!r}.")
+
+
 @strict
 class CocaVisionConfig(PreTrainedConfig):
     r"""
@@ -356,6 +371,7 @@ class CocaConfig(PreTrainedConfig):
             kwargs.pop("auto_map", None)
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
+        _check_timm(self.vision_config)
         if self.pooler_hidden_size is None:
             self.pooler_hidden_size = self.text_config.hidden_size
         if self.contrastive_pooler_hidden_size is None:

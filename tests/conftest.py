@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,3 +66,22 @@ def photos(tmp_path_factory) -> Path:
         suffix = ("png", "jpg", "webp")[number % 3]
         Image.fromarray(pixels).save(folder / ("more" if number > 9 else "") / f"{number:02d}.{suffix}")
     return folder
+
+
+@pytest.fixture
+def coca(model_folder, monkeypatch, capsys):
+    """The command, within the test's process: `coca("caption", "a.png")` -> exit code, stdout, stderr. It has a model."""
+    from modeling_coca.cli import main
+
+    monkeypatch.setenv("COCA_MODEL", str(model_folder))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["coca", *map(str, args)])
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        out, err = capsys.readouterr()
+        code = exit_info.value.code
+        return (1, out, err + code) if isinstance(code, str) else (code or 0, out, err)
+
+    return run

@@ -167,11 +167,11 @@ def main() -> None:
     if args.design == "frozen" and args.vision_model is None:
         encoder = load_efficientnet_lite0()
     elif args.design == "frozen":
-        encoder = AutoModel.from_pretrained(args.vision_model).eval().requires_grad_(False)
+        encoder = AutoModel.from_pretrained(args.vision_model, trust_remote_code=False).eval().requires_grad_(False)
     image_size = args.image_size or (128 if encoder is not None else 64)
     mean, std, feature_layers = IMAGE_MEAN, IMAGE_STD, FEATURE_LAYERS
     if args.vision_model is not None:
-        image_processor = AutoImageProcessor.from_pretrained(args.vision_model)
+        image_processor = AutoImageProcessor.from_pretrained(args.vision_model, trust_remote_code=False)
         mean, std, feature_layers = image_processor.image_mean, image_processor.image_std, None
         image_size = args.image_size or encoder.config.image_size
     processor = build_processor(data["train"], image_size, mean, std, args.max_text_length)

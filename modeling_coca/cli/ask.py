@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from .caption import report_failures
 from .options import OUTPUT, WRITING, AsJson, BatchSize, Device, Dtype, FastDecode, Model, NumWorkers
+from .output import plain, report_failures
 
 
 def ask(
@@ -80,5 +80,6 @@ def ask(
             if as_json:
                 print(to_json({**row, "question": question}))
             elif "error" not in row:
-                print(row["answer"] if total == 1 else f"{row['id']}\t{row['answer']}")
+                answer = plain(row["answer"])
+                print(answer if total == 1 else f"{plain(row['id'])}\t{answer}")
     report_failures(failed, total)

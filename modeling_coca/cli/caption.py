@@ -20,6 +20,7 @@ from .options import (
     NumWorkers,
     Split,
 )
+from .output import plain, report_failures
 
 
 def caption(
@@ -195,16 +196,6 @@ def caption(
                 print(to_json(row))
             elif "error" not in row:
                 captions = row.get("captions", [row])
-                print(*(f"{row['id']}\t{c['caption']}\t{c['score']:.3f}" for c in captions), sep="\n")
+                print(*(f"{plain(row['id'])}\t{plain(c['caption'])}\t{c['score']:.3f}" for c in captions), sep="\n")
         failed = [(row["id"], row["error"]) for row in done if "error" in row]
     report_failures(failed, len(done) if output is None else done["images"])
-
-
-def report_failures(failed: list, total: int, shown: int = 20) -> None:
-    """Unreadable images on stderr, with reasons. If no image at all could be read, that is an error."""
-    for name, reason in failed[:shown]:
-        typer.echo(f"unreadable: {name}: {reason}", err=True)
-    if len(failed) > shown:
-        typer.echo(f"... and {len(failed) - shown} more", err=True)
-    if total and len(failed) == total:
-        raise ValueError(f"none of the {total} images could be read.")

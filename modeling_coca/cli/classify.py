@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from .caption import report_failures
 from .options import (
     OUTPUT,
     AsJson,
@@ -21,6 +20,7 @@ from .options import (
     NumWorkers,
     Split,
 )
+from .output import plain, report_failures
 
 CLASSES, EVALUATION = "Classes", "Evaluation"
 
@@ -183,7 +183,8 @@ def classify(
                 print(to_json(row))
             elif "error" not in row:
                 labels = row["labels"] if multi_label else row["labels"][:1]
-                print(row["id"], *(f"{label['label']}\t{label['score']:.3f}" for label in labels), sep="\t")
+                scored = (f"{plain(label['label'])}\t{label['score']:.3f}" for label in labels)
+                print(plain(row["id"]), *scored, sep="\t")
     report_failures(failed, total)
 
 

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from .caption import report_failures
 from .options import (
     IMAGES,
     OUTPUT,
@@ -21,6 +20,7 @@ from .options import (
     OptionalImages,
     Split,
 )
+from .output import report_failures
 
 
 def index(

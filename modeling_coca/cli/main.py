@@ -9,6 +9,7 @@ from .caption import caption
 from .classify import classify
 from .convert import convert
 from .index import index
+from .output import plain
 from .search import search
 
 app = typer.Typer(
@@ -43,4 +44,4 @@ def main() -> None:
     except ModuleNotFoundError as error:
         sys.exit(f"coca: {error}: run `pip install {error.name}`." if error.name else f"coca: {error}")
     except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"coca: {error}")
+        sys.exit("\n".join(map(plain, f"coca: {error}".splitlines())))

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .options import MACHINE, AsJson, Device, Dtype
+from .options import IMAGES, MACHINE, AsJson, Device, Dtype
+from .output import plain
 
 
 def search(
@@ -33,6 +34,14 @@ def search(
         str | None,
         typer.Option("--model", "-m", help="Folder or id of the model, if it has moved.", rich_help_panel=MACHINE),
     ] = None,
+    image_root: Annotated[
+        str | None,
+        typer.Option(
+            "--image_root",
+            help="With --rerank: folder that the ids may lead into. By default anywhere; for an index from the Hub, into this folder.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -48,12 +57,11 @@ def search(
     from modeling_coca.inference.journal import to_json
     from modeling_coca.retrieval import CocaIndex
 
-    found = CocaIndex.load(index, model, device=device, dtype=dtype).search(
-        text, image=image, k=k, text_weight=text_weight, rerank=rerank
-    )
+    opened = CocaIndex.load(index, model, device=device, dtype=dtype, image_root=image_root)
+    found = opened.search(text, image=image, k=k, text_weight=text_weight, rerank=rerank)
     for hit in found:
         if as_json:
             print(to_json({name: value for name, value in dataclasses.asdict(hit).items() if value is not None}))
         else:
             likelihood = "" if hit.log_prob is None else f"\t{hit.log_prob:.2f}"
-            print(f"{hit.score:.3f}{likelihood}\t{hit.id}")
+            print(f"{hit.score:.3f}{likelihood}\t{plain(hit.id)}")

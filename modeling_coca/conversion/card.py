@@ -31,19 +31,19 @@ def render(found: Found, out: Path, command: str | None = None) -> str:
         out: Folder that the card's example opens.
         command: What was run.
     """
-    from ..hub import model_card
+    from ..hub.model_card import cell, code_block, model_card
 
     recipe, repository, name = found.recipe, found.checkpoint.repository, Path(found.checkpoint.name).name
-    source = f"[{repository}](https://huggingface.co/{repository})" if repository else f"`{name}`"
+    source = f"[{repository}](https://huggingface.co/{repository})" if repository else f"`{cell(name)}`"
     licence = (
         f"The licence of the weights is their makers': {recipe.license_name or recipe.license}."
         if recipe
         else "The licence of the weights is that of the source: write it into this card before you share them."
     )
     title = f"{recipe.title}: " if recipe else ""
-    conversion = "| | |\n|---|---|\n" + "\n".join(f"| {word} | {phrase} |" for word, phrase in found.describe())
+    conversion = "| | |\n|---|---|\n" + "\n".join(f"| {word} | {cell(phrase)} |" for word, phrase in found.describe())
     if command:
-        conversion += f"\n\n```bash\n{command}\n```"
+        conversion += "\n\n" + code_block("bash", command)
     sections = {"Conversion": conversion}
     metadata = {"license": "unknown", "base_model": repository}
     if recipe:

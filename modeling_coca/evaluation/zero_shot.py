@@ -109,7 +109,11 @@ class ZeroShotClassificationEvaluator(CocaEvaluator):
 
     def class_embeddings(self, model: PreTrainedModel) -> torch.Tensor:
         """The classifier: one L2-normalised vector a class, (classes, projection_dim)."""
-        texts = [t.format(name) if isinstance(t, str) else t(name) for name in self.class_names for t in self.templates]
+        texts = [
+            template.replace("{}", name) if isinstance(template, str) else template(name)
+            for name in self.class_names
+            for template in self.templates
+        ]
         embeds = self.encode_texts(model, texts).view(len(self.class_names), len(self.templates), -1)
         return F.normalize(embeds.mean(dim=1), dim=-1)
 

@@ -1,5 +1,6 @@
 """Model cards: what a model is, how it was trained, how good it is, and how to use it."""
 
+import json
 import os
 import re
 import shlex
@@ -26,29 +27,29 @@ TAGS = ("coca", "image-captioning", "zero-shot-image-classification")
 USES = {
     "CocaForConditionalGeneration": (
         "image-text-to-text",
-        'captioner = pipeline("image-captioning", model="{folder}"{trust})\nprint(captioner("image.png"))\n'
-        'vqa = pipeline("coca-vqa", model="{folder}"{trust})\nprint(vqa("image.png", "what is this?"))',
+        'captioner = pipeline("image-captioning", model={folder}{trust})\nprint(captioner("image.png"))\n'
+        'vqa = pipeline("coca-vqa", model={folder}{trust})\nprint(vqa("image.png", "what is this?"))',
     ),
     "CocaForVisualQuestionAnswering": (
         "visual-question-answering",
-        'vqa = pipeline("coca-vqa", model="{folder}"{trust})\nprint(vqa("image.png", "what is this?", top_k=3))',
+        'vqa = pipeline("coca-vqa", model={folder}{trust})\nprint(vqa("image.png", "what is this?", top_k=3))',
     ),
     "CocaForImageClassification": (
         "image-classification",
-        'classifier = pipeline("image-classification", model="{folder}"{trust})\nprint(classifier("image.png"))',
+        'classifier = pipeline("image-classification", model={folder}{trust})\nprint(classifier("image.png"))',
     ),
     "CocaModel": (
         "zero-shot-image-classification",
-        'classifier = pipeline("zero-shot-image-classification", model="{folder}"{trust})\n'
+        'classifier = pipeline("zero-shot-image-classification", model={folder}{trust})\n'
         'print(classifier("image.png", candidate_labels=["a cat", "a dog"]))',
     ),
     "CocaVisionModel": (
         "image-feature-extraction",
-        'extract = pipeline("image-feature-extraction", model="{folder}"{trust})\nprint(len(extract("image.png")[0]))',
+        'extract = pipeline("image-feature-extraction", model={folder}{trust})\nprint(len(extract("image.png")[0]))',
     ),
     "CocaTextModel": (
         "feature-extraction",
-        'extract = pipeline("feature-extraction", model="{folder}"{trust})\nprint(len(extract("a cat")[0]))',
+        'extract = pipeline("feature-extraction", model={folder}{trust})\nprint(len(extract("a cat")[0]))',
     ),
 }
 
@@ -68,6 +69,17 @@ SECRET = re.compile(r"^--?(\w+[-_])?(token|api[-_]key|secret|password)$")
 HUB_DATASET = re.compile(r"hf://datasets/([^@]+)@")
 # What `datasets` calls sets that were read from files
 FILE_FORMATS = ("arrow", "csv", "generator", "imagefolder", "json", "pandas", "parquet", "text", "webdataset")
+
+
+def cell(value: Any) -> str:
+    """A value as Markdown on one line that ends no table cell and opens no tag: names of classes and data sets are data."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def code_block(language: str, code: str) -> str:
+    """A fence that is longer than those within."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return f"{fence}{language}\n{code}\n{fence}"
 
 
 def readable(count: int) -> str:
@@ -177,9 +189,9 @@ def render_card(
     counts = {part: readable(count) for part, count in parameters_by_part(model).items()}
     content = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         metadata=data.to_yaml(),
-        name=name,
+        name=cell(name),
         description=description,
-        architecture=list(describe_architecture(model.config).items()),
+        architecture=[(what, cell(value)) for what, value in describe_architecture(model.config).items()],
         parameters=[*counts.items(), *(parameters or {}).items()],
         notes=notes,
         sections=list((sections or {}).items()),
@@ -248,7 +260,7 @@ def model_card(
         model,
         name=name,
         description=description or DESCRIPTION,
-        usage=f"```python\n{imports}\n{code.format(folder=name, trust=trust)}\n```",
+        usage=code_block("python", f"{imports}\n{code.format(folder=json.dumps(name), trust=trust)}"),
         parameters=parameters,
         notes=notes,
         sections=sections,
@@ -310,7 +322,7 @@ def training_card(
     ]
     sections = {"Training data": _data_table(trainer)}
     if (command := _command()) is not None:
-        sections["Command"] = f"```bash\n{command}\n```"
+        sections["Command"] = code_block("bash", command)
     sections["Training"] = _settings_table(trainer)
     if table := _results_table(state.log_history):
         sections["Results"] = table
@@ -366,7 +378,8 @@ def _data_table(trainer: Trainer) -> str:
             source = _source(part)
             rows = f"{len(part):,}" if hasattr(part, "__len__") else "a stream"
             title = " ".join(filter(None, [source["id"], source["config"]])) or type(part).__name__
-            lines.append(f"| {f'{role} {key}'.strip()} | {title} | {source['split'] or ''} | {rows} |")
+            row = (f"{role} {key}".strip(), title, source["split"] or "", rows)
+            lines.append(f"| {' | '.join(map(cell, row))} |")
     return "\n".join(lines)
 
 
@@ -385,7 +398,7 @@ def _settings_table(trainer: Trainer) -> str:
     if runtimes:
         settings["seconds"] = round(runtimes[-1])
     settings["transformers"], settings["torch"] = transformers.__version__, torch.__version__
-    lines = [f"| {key} | {value} |".replace("\n", " ") for key, value in settings.items()]
+    lines = [f"| {key} | {cell(value)} |" for key, value in settings.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
@@ -409,11 +422,11 @@ def _results_table(log_history: list[dict[str, Any]]) -> str:
     if not columns:
         return ""
 
-    def cell(value: Any) -> str:
-        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    def figure(value: Any) -> str:
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else cell(value)
 
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[cell(record.get(column)) for column in columns] for record in evaluations]
+    lines = [list(map(cell, columns)), ["---"] * len(columns)]
+    lines += [[figure(record.get(column)) for column in columns] for record in evaluations]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -449,4 +462,13 @@ def _command() -> str | None:
     return " ".join(words)
 
 
-__all__ = ["describe_architecture", "model_card", "parameters_by_part", "readable", "render_card", "training_card"]
+__all__ = [
+    "cell",
+    "code_block",
+    "describe_architecture",
+    "model_card",
+    "parameters_by_part",
+    "readable",
+    "render_card",
+    "training_card",
+]

@@ -417,8 +417,9 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str], path: str | os.Path
     axes.set(xlabel="predicted", ylabel="true")
     if count <= 60:
         short = [name if len(name) <= 30 else name[:29] + "…" for name in names]
-        axes.set_xticks(range(count), short, rotation=90)
-        axes.set_yticks(range(count), short)
+        plain = {"parse_math": False, "usetex": False}  # a name with "$" is no formula
+        axes.set_xticks(range(count), short, rotation=90, **plain)
+        axes.set_yticks(range(count), short, **plain)
     if count <= 25:
         for row, column in zip(*np.nonzero(matrix), strict=True):
             color = "white" if shares[row, column] > 0.5 else "black"

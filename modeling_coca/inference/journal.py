@@ -66,10 +66,18 @@ class Journal:
             self.mine = range(0)  # the others were faster, and nothing was left to do here
             return
         self.work.mkdir(parents=True, exist_ok=True)
+        self._refuse_links()
         self._check_settings(json.loads(json.dumps({**settings, "shards": num_shards, "format": self.format})))
 
     def is_complete(self) -> bool:
         return (self.work / "complete").exists() if self.is_folder else self.output.exists()
+
+    def _refuse_links(self) -> None:
+        """An unfinished output that came from elsewhere must not have this process write into other files."""
+        inside = self.work.iterdir() if self.parts == self.work else [*self.work.iterdir(), *self.parts.iterdir()]
+        for path in (self.work, *inside):
+            if path.is_symlink():
+                raise ValueError(f"{path} is a link: delete it, or choose another output than {self.output}.")
 
     def _clear(self) -> None:
         if self.work.is_dir():
@@ -187,6 +195,7 @@ class Journal:
                 _write(self.work / "complete", "")
             else:
                 temporary = self.output.with_name(f".{self.output.name}.tmp")
+                temporary.unlink(missing_ok=True)  # which may be a link
                 _join([self._part(shard) for shard in range(self.num_shards)], temporary, self.format)
                 _sync(temporary)
                 os.replace(temporary, self.output)

@@ -95,7 +95,7 @@ def load_for_inference(
     logging.disable_progress_bar()  # that of the weights, which are there in a moment
     try:
         loaded = model_class.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False).to(place)
-        return loaded, processor or CocaProcessor.from_pretrained(folder)
+        return loaded, processor or CocaProcessor.from_pretrained(folder, trust_remote_code=False)  # and ask nobody
     finally:
         if show_progress:
             logging.enable_progress_bar()

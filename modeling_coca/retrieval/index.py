@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 from modeling_coca.inference import CocaEmbedder, ImageLoader, RowShard, embed_images, load_for_inference
+from modeling_coca.inference.limits import is_inside
 
 logger = logging.get_logger(__name__)
 
@@ -87,6 +88,8 @@ class CocaIndex:
         processor ([`CocaProcessor`], *optional*): needed beside a model that is loaded already.
         kind (`str`, *optional*): `"exact"`, `"hnsw"` or `"ivfpq"`, by default chosen by size.
         device, dtype (`str`, *optional*): see [`load_for_inference`].
+        image_root (`str`, *optional*): folder that ids lead into when images are read again, to re-rank them. By default
+            anywhere, and with an index from the Hub into the working folder.
 
     Example:
 
@@ -109,12 +112,14 @@ class CocaIndex:
         kind: str | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        image_root: str | os.PathLike | None = None,
     ):
         if kind is not None and kind not in KINDS:
             raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, not {kind!r}.")
         _import_faiss()
         self.model, self.processor, self.device, self.dtype = model, processor, device, dtype
         self.chosen_kind = kind
+        self.image_root = os.fspath(image_root or "/")
         self.kind: str | None = None
         self.dataset: Any = None
         self._faiss: Any = None  # a datasets.search.FaissIndex
@@ -426,9 +431,11 @@ class CocaIndex:
             pixels = self.embedder.processor(images=[image], return_tensors="pt")["pixel_values"]
             parts.append(self.embedder.images(pixels) * (1 - text_weight if text is not None else 1))
         query = torch.nn.functional.normalize(sum(parts), dim=-1).cpu().numpy()
-        scores, rows = self.search_embeddings(query, max(k, rerank))
-        found = rows[0][rows[0] >= 0]
-        columns = self.dataset.remove_columns("embedding").with_format(None)[found] if len(found) else {"id": []}
+        scores, places = self.search_embeddings(query, max(k, rerank))
+        found = places[0][places[0] >= 0]
+        # From Arrow, which decodes no pictures: a path among them could lead anywhere
+        rows = self.dataset.remove_columns("embedding").with_format("arrow")
+        columns = rows[found].to_pydict() if len(found) else {"id": []}
         names = columns.pop("id")
         hits = [
             SearchHit(name, float(scores[0][i]), {column: values[i] for column, values in columns.items()})
@@ -450,7 +457,7 @@ class CocaIndex:
         model, processor = embedder.model, embedder.processor
         inputs = processor.tokenizer([text], return_tensors="pt").to(model.device)
         log_probs: dict[str, float] = {}
-        files = RowShard([(hit.id, hit.id, {}) for hit in hits])
+        files = RowShard([(hit.id, hit.id, {}) for hit in hits], [self.image_root])
         for batch in ImageLoader([files], processor.image_processor, batch_size=32):
             if len(batch.errors) == min(32, len(hits)):
                 raise ValueError(f"`rerank` reads images by their ids, and {hits[0].id} cannot be read.")
@@ -501,6 +508,7 @@ class CocaIndex:
         *,
         device: str | None = None,
         dtype: str | None = None,
+        image_root: str | os.PathLike | None = None,
     ) -> "CocaIndex":
         """
         Opens an index: from a folder, or from the Hub, where it was put by [`~CocaIndex.push_to_hub`].
@@ -508,7 +516,10 @@ class CocaIndex:
         Args:
             folder: folder, or id of a data set on the Hub.
             model (*optional*): by default the one that made the index, by its name.
-            processor, device, dtype: see [`CocaIndex`].
+            processor, device, dtype, image_root: see [`CocaIndex`].
+
+        Raises:
+            ValueError: its parts do not belong together.
         """
         from datasets import load_dataset, load_from_disk
         from datasets.search import FaissIndex
@@ -520,7 +531,8 @@ class CocaIndex:
             name = os.fspath(folder)
             if name.startswith((".", "/", "~")) or name.count("/") > 1:
                 raise FileNotFoundError(f"There is no index {name}.")
-            folder = Path(snapshot_download(name, repo_type="dataset"))
+            folder = Path(snapshot_download(name, repo_type="dataset", allow_patterns=["data/*.parquet", "index/*"]))
+            image_root = image_root or "."
             settings_file = folder / "index" / "index.json"
         else:
             folder = Path(folder)
@@ -528,7 +540,14 @@ class CocaIndex:
         if not settings_file.is_file():
             raise FileNotFoundError(f"{folder} is no index: there is no {settings_file.name} in it.")
         settings = json.loads(settings_file.read_text())
-        index = cls(model or settings["model"], processor, kind=settings["chosen_kind"], device=device, dtype=dtype)
+        index = cls(
+            model or settings["model"],
+            processor,
+            kind=settings["chosen_kind"],
+            device=device,
+            dtype=dtype,
+            image_root=image_root,
+        )
         index.kind = settings["kind"]
         if from_hub:
             files = sorted(map(str, folder.glob("data/*.parquet")))
@@ -536,11 +555,27 @@ class CocaIndex:
             index._faiss = FaissIndex.load(folder / "index" / "index.faiss")
         else:
             data = folder / settings["data"]
+            if not is_inside(data, [folder]):
+                raise ValueError(f"{settings_file} names {settings['data']!r}, which is no folder beside it.")
             index.dataset = load_from_disk(data)
             index._faiss = FaissIndex.load(data / "index.faiss")
-            index._removed = set(np.load(data / "removed.npy").tolist())
+            index._removed = set(np.load(data / "removed.npy", allow_pickle=False).tolist())
+        index._check(settings_file)
         index._rows = {name: row for row, name in enumerate(index.dataset["id"]) if row not in index._removed}
         return index
+
+    def _check(self, settings_file: Path) -> None:
+        """Whether FAISS' structure, which is read by native code and gives row numbers, is that of the rows."""
+        faiss = _import_faiss()
+        structure = self._faiss.faiss_index
+        classes = {"exact": faiss.IndexFlat, "hnsw": faiss.IndexHNSWFlat, "ivfpq": faiss.IndexIVFPQ}
+        found = type(structure).__name__, structure.ntotal, structure.d, structure.metric_type
+        rows = len(self.dataset), self.embedding_size, faiss.METRIC_INNER_PRODUCT
+        if not isinstance(structure, classes.get(self.kind, ())) or found[1:] != rows:
+            raise ValueError(
+                f"{settings_file} says {self.kind} of {rows[0]} rows of {rows[1]} numbers, and the file of FAISS beside it has a "
+                f"{found[0]} of {found[1]} rows of {found[2]} numbers: make the index anew."
+            )
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> None:
         """
@@ -551,6 +586,8 @@ class CocaIndex:
             private, token: see `huggingface_hub.HfApi.create_repo`.
         """
         from huggingface_hub import HfApi
+
+        from ..hub.model_card import cell
 
         if self.dataset is None:
             raise ValueError("The index is empty: there is nothing to push.")
@@ -566,7 +603,8 @@ class CocaIndex:
             os.mkdir(os.path.join(scratch, "index"))
             self._faiss.save(os.path.join(scratch, "index", "index.faiss"))
             Path(scratch, "index", "index.json").write_text(json.dumps(self._settings(), indent=2))
-            Path(scratch, "README.md").write_text(_CARD.format(number=len(self), repo_id=repo_id, **self._settings()))
+            settings = {name: cell(value) for name, value in self._settings().items()}
+            Path(scratch, "README.md").write_text(_CARD.format(number=len(self), repo_id=repo_id, **settings))
             api.upload_folder(
                 repo_id=repo_id,
                 folder_path=scratch,

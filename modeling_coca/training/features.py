@@ -46,7 +46,7 @@ class FrozenFeatures:
 
     def __init__(self, path: str | os.PathLike[str], image_of_row: np.ndarray):
         self.path, self.image_of_row = Path(path), image_of_row
-        self.array = np.load(self.path, mmap_mode="r")
+        self.array = np.load(self.path, mmap_mode="r", allow_pickle=False)
 
     def __len__(self) -> int:
         return len(self.image_of_row)
@@ -214,9 +214,10 @@ def compute_features(
             pixel_values = prepare([load(0, 0)] * 2)
             model = workers.submit(_optimize_for_cpu, vision_model, pixel_values).result() if on_cpu else vision_model
             if done:
-                array = np.load(unfinished, mmap_mode="r+")
+                array = np.load(unfinished, mmap_mode="r+", allow_pickle=False)
                 logger.info(f"Going on with {path} after {done} of {len(jobs)} images.")
             else:
+                unfinished.unlink(missing_ok=True)  # which may be a link
                 shape = (len(first_rows), views, *_encode(vision_model, pixel_values, feature_layers).shape[1:])
                 array = np.lib.format.open_memmap(unfinished, "w+", np.float16, shape)
             # 16 is the least with which PyTorch hands 1x1 convolutions to oneDNN on one thread

@@ -340,7 +340,7 @@ def load_model(arguments: ModelArguments, model_class: type = CocaForConditional
     model = model_class.from_pretrained(
         arguments.model_name_or_path, attn_implementation=arguments.attn_implementation, **changes
     )
-    processor = CocaProcessor.from_pretrained(arguments.model_name_or_path, backend="pil")
+    processor = CocaProcessor.from_pretrained(arguments.model_name_or_path, backend="pil", trust_remote_code=False)
     if arguments.image_size is not None:
         processor.image_processor.size = {"shortest_edge": arguments.image_size}
         processor.image_processor.crop_size = {"height": arguments.image_size, "width": arguments.image_size}
@@ -412,7 +412,7 @@ def new_model(
         encoder (`PreTrainedModel`, *optional*): a pretrained image encoder to take in, with its weights.
         changes: more fields of the config.
     """
-    fields = AutoConfig.from_pretrained(config_name).to_dict()
+    fields = AutoConfig.from_pretrained(config_name, trust_remote_code=False).to_dict()
     tokenizer, text_config = processor.tokenizer, fields["text_config"]
     text_config |= {
         "vocab_size": len(tokenizer),

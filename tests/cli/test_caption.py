@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from modeling_coca.cli.output import plain as as_shown
 from modeling_coca.inference import caption_images, read_rows
 
 
@@ -18,7 +19,7 @@ def plain(photos, model_folder):
 def test_captions_are_printed(coca, photos, plain):
     code, out, err = coca("caption", photos, "--num_workers", 0)
     assert (code, err) == (0, "")  # no bar for a handful of images
-    assert out.splitlines() == [f"{row['id']}\t{row['caption']}\t{row['score']:.3f}" for row in plain]
+    assert out.splitlines() == [f"{row['id']}\t{as_shown(row['caption'])}\t{row['score']:.3f}" for row in plain]
     code, out, _ = coca("caption", plain[3]["id"], "--json")
     row = json.loads(out)
     assert code == 0 and row["caption"] == plain[3]["caption"]

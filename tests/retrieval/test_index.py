@@ -258,7 +258,7 @@ def test_on_the_hub_it_is_a_data_set_and_an_index(tmp_path, model_folder, monkey
         shutil.copytree(folder_path, tmp_path / "hub", dirs_exist_ok=True)
 
     monkeypatch.setattr(HfApi, "upload_folder", upload)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, repo_type: str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kwargs: str(tmp_path / "hub"))
     rows = clustered(50, 24)
     index = CocaIndex(str(model_folder))
     index.add(rows, map(str, range(50)), {"caption": [f"c{number}" for number in range(50)]})

@@ -8,13 +8,14 @@ PIP_FLAGS ?=
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 
-.PHONY: help venv test test-slow matrix lint quickstart clean
+.PHONY: help venv test test-slow matrix audit lint quickstart clean
 
 help:
 	@echo "make quickstart  set up, train a small CoCa on real pictures, and show what it learned (outputs/quickstart/)"
 	@echo "make test        run the quick tests"
 	@echo "make test-slow   run all tests"
 	@echo "make matrix      run the quick tests on the oldest and the newest supported PyTorch and transformers"
+	@echo "make audit       ask PyPI for known weaknesses of the installed packages"
 	@echo "make lint        check style with ruff"
 	@echo "make venv        set up the development environment in $(VENV)"
 	@echo "make clean       delete $(VENV), caches and build outputs; outputs/ stays"
@@ -29,6 +30,10 @@ test-slow: $(VENV)/.installed-dev
 
 matrix:
 	$(PYTHON) tests/matrix.py $(MATRIX)
+
+audit: $(VENV)/.installed-dev
+	$(PIP) pip-audit
+	$(RUN) -m pip_audit --skip-editable
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

@@ -153,6 +153,12 @@ def open_weights(path: Path) -> Mapping[str, torch.Tensor]:
     is_zip = _can_be_mapped(path)
     if head.startswith(b"PK") and not is_zip:
         raise ValueError(f"{path} ({size:,} bytes) is cut off: the end of the file is missing. Download it again.")
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            if packed := [part for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]:
+                raise ValueError(
+                    f"{path} is compressed, which `torch.save` never does: {packed[0].filename} could be of any size."
+                )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # whatever bytes can do to an unpickler
@@ -192,6 +198,9 @@ def _state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
     tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
     if not tensors:
         raise ValueError(f"{path} holds no tensors: its keys are {sorted(map(str, content))[:8]}.")
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {name} of shape {tuple(tensor.shape)} is larger than what the file holds of it.")
     return tensors
 
 

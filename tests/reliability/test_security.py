@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -25,6 +26,7 @@ from transformers import AutoImageProcessor, AutoModel, TrainingArguments, pipel
 
 from modeling_coca import CocaConfig, CocaForConditionalGeneration, CocaModel, CocaProcessor
 from modeling_coca.conversion import convert, convert_to_open_clip
+from modeling_coca.conversion.sources import open_weights
 from modeling_coca.evaluation import ZeroShotClassificationEvaluator
 from modeling_coca.hub.model_card import cell, code_block, model_card
 from modeling_coca.inference import draw_confusion, embed_images, limits, load_for_inference, open_images
@@ -227,6 +229,24 @@ def test_row_groups_and_tar_members_have_bounds(tmp_path, monkeypatch):
             archive.addfile(info, open("/dev/zero", "rb"))
     small, large = read_all(open_images(tmp_path / "set.tar")).values()
     assert len(small) == 500 and "501 bytes are more than the 500 that are read" in str(large)
+
+
+def test_weights_are_as_large_as_their_file(tmp_path):
+    """A file of a kilobyte can hold a tensor of a terabyte, all of it one number; a compressed one unpacks to any size."""
+    torch.save({"weight": torch.zeros(1).expand(10**12)}, tmp_path / "wide.pt")
+    torch.save({"weight": torch.zeros(3, 3).to_sparse()}, tmp_path / "sparse.pt")
+    torch.save({"weight": torch.zeros(10**6)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "packed.pt", "w", 8) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    for name, message in {
+        "wide": "larger than what the file holds",
+        "sparse": "larger than",
+        "packed": "compressed",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            open_weights(tmp_path / f"{name}.pt")
+    assert open_weights(tmp_path / "plain.pt")["weight"].shape == (10**6,)
 
 
 def test_members_of_a_tar_write_nothing_and_link_to_nothing(tmp_path):

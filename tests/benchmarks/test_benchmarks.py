@@ -82,6 +82,13 @@ def test_encoding(run):
     check(run("encoding", "--batch_sizes", "1", "3"), 4)
 
 
+@pytest.mark.slow
+def test_loading(run):
+    result = run("loading")
+    check(result, 4)
+    assert all(figure > 50 for row in result["rows"].values() for figure in row["peak_mb"].values())
+
+
 def test_folder(run):
     result = run("folder", "--images", "5", "--batch_size", "2", "--new_tokens", "4")
     check(result, 1)

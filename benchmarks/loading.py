@@ -2,7 +2,8 @@
 
     python benchmarks/loading.py --output loading.json
 
-Each is a process of its own. Counted are its CPU seconds, the import of torch included, and its highest resident size.
+Each is a process of its own. Counted are its CPU seconds, the import of torch included, and its highest
+resident size (Linux only).
 """
 
 import json
@@ -30,16 +31,23 @@ CODE = {
 }
 
 
+# On Linux `ru_maxrss` begins with what the parent held, so the process itself tells its peak, in KB
+PEAK = "; import re; print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])"
+
+
 def cost_of(code: str, threads: int) -> tuple[float, float]:
     """CPU seconds and peak MB of a Python process that runs `code`."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    child = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
-    messages = child.stderr.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise RuntimeError(f"`{code}` ended with {child.returncode}:\n{messages}")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**10
+    with tempfile.TemporaryFile("w+") as messages:
+        command = [sys.executable, "-c", code + PEAK]
+        child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=messages, text=True)
+        printed = child.stdout.read()
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            messages.seek(0)
+            raise RuntimeError(f"`{code}` ended with {child.returncode}:\n{messages.read()}")
+    return usage.ru_utime + usage.ru_stime, int(printed.split()[-1]) / 2**10
 
 
 def main(argv: list[str] | None = None) -> dict:

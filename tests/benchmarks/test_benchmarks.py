@@ -107,6 +107,16 @@ def test_training(run):
     assert chunks["one chunk alone"]["loss"] != pytest.approx(chunks["whole"]["loss"], rel=1e-3)
 
 
+def test_utilization(run, monkeypatch):
+    sizes = ["--caption_batch_sizes", "2", "--new_tokens", "3", "--batch_size", "4", "--caption_tokens", "6"]
+    result = run("utilization", *sizes, "--large_batch_size", "8", "--chunk_size", "2")
+    assert len(result["rows"]) == 3
+    assert all(math.isfinite(value) and value > 0 for row in result["rows"].values() for value in row.values())
+    # The output layer alone: forward, and backward to its inputs and to its weights, for five tokens
+    assert result["flops_per_pair"] > 3 * 2 * 5 * 32 * 49408
+    assert result["flops_per_pair"] < 1.5 * 3 * 2 * 5 * 32 * 49408
+
+
 @pytest.mark.slow
 def test_growth(run, tmp_path):
     picture = tmp_path / "growth.png"

@@ -183,6 +183,18 @@ def _cross_entropy_in_chunks(hidden: torch.Tensor, lm_head: torch.nn.Module, lab
     return torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
 
+def data_group(model: torch.nn.Module) -> "dist.ProcessGroup | None":
+    """The processes that hold batches of their own for a model, this one among them. `None`: it is alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    mesh_manager = getattr(model, "_mesh_manager", None)  # of `from_pretrained(distributed_config=...)`
+    if mesh_manager is None:
+        group = dist.group.WORLD
+    else:  # tensor-parallel processes share a batch
+        group = mesh_manager.get_mesh(("dp_replicate", "fsdp"))._flatten().get_group()
+    return group if dist.get_world_size(group) > 1 else None
+
+
 class _Gather(torch.autograd.Function):
     """(n, D) of each process -> (processes, n, D) on each; every process gets the gradients that all have for its rows."""
 

@@ -47,7 +47,7 @@ from .generation_coca import (
     real_tokens,
 )
 from .linear_coca import CocaLinear
-from .loss_coca import IGNORE_INDEX, caption_loss, contrastive_loss, mean_count, shift
+from .loss_coca import IGNORE_INDEX, caption_loss, contrastive_loss, data_group, mean_count, shift
 
 # ----------------------------------------------------------------------------------------------------------- outputs
 
@@ -559,14 +559,7 @@ class CocaPreTrainedModel(PreTrainedModel):
 
     def _loss_group(self) -> "dist.ProcessGroup | None":
         """Processes that train on batches of their own, whose losses are joined. `None`: this one alone, or evaluation."""
-        if not (self.training and dist.is_available() and dist.is_initialized()):
-            return None
-        mesh_manager = getattr(self, "_mesh_manager", None)  # of `from_pretrained(distributed_config=...)`
-        if mesh_manager is None:
-            group = dist.group.WORLD
-        else:  # tensor-parallel processes share a batch
-            group = mesh_manager.get_mesh(("dp_replicate", "fsdp"))._flatten().get_group()
-        return group if dist.get_world_size(group) > 1 else None
+        return data_group(self) if self.training else None
 
     def pack_linear_layers(self) -> None:
         """

@@ -1,15 +1,18 @@
 """What all evaluators share: running a model over a data set, alone or within a training."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.utils import logging
+
+from ..loss_coca import data_group
 
 logger = logging.get_logger(__name__)
 
@@ -20,7 +23,8 @@ class CocaEvaluator(TrainerCallback):
 
     It is a callback, too: after `trainer.add_callback(evaluator)` each evaluation of a `Trainer` has its figures, as
     `eval_*`, for `metric_for_best_model` and in `state.log_history`. [`CocaTrainer`] sends them to TensorBoard and the
-    like as well. With several processes each one computes all of it.
+    like as well. There each process takes its share of the batches, and all get the figures of the whole set, which are those
+    of one process.
 
     Subclasses give `primary_metric` and write `compute`.
 
@@ -59,6 +63,7 @@ class CocaEvaluator(TrainerCallback):
         self.truncation = truncation
         self.name = name
         self._show_progress = True
+        self._group = self._fsdp_root = None  # for the time of a call
         if not len(dataset):
             raise ValueError("`dataset` is empty: there is nothing to evaluate.")
         if name:
@@ -68,31 +73,44 @@ class CocaEvaluator(TrainerCallback):
         """Figures by name; the model is in evaluation mode and needs no gradients."""
         raise NotImplementedError
 
-    def __call__(self, model: nn.Module, show_progress: bool = True) -> dict[str, float]:
+    def __call__(self, model: nn.Module, show_progress: bool = True, shared: bool = False) -> dict[str, float]:
         """
         Args:
-            model (`nn.Module`): the model, bare or in DDP, PEFT or `torch.compile`. Its modes are restored afterwards.
+            model (`nn.Module`):
+                The model, bare or in DDP, FSDP2, DeepSpeed, PEFT or `torch.compile`. Its modes are restored afterwards.
             show_progress (`bool`): show progress bars, unless they are switched off in transformers.
+            shared (`bool`):
+                Divide the batches among the processes of `torch.distributed`, all of which must call this together. By default
+                a process computes all of it. With sharded weights all processes must call this in either case, and they write
+                texts together, each the same: a layer runs when all run it.
 
         Returns:
             `dict[str, float]`: figures by name.
         """
+        if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+            raise ValueError("Evaluators do not run under FSDP1: set `fsdp_version: 2` in accelerate's config.")
         training = [module for module in model.modules() if module.training]
         model.eval()
         self._show_progress = show_progress
+        inner = unwrap(model)
+        self._group = data_group(inner) if shared else None
+        self._fsdp_root = next(iter(_fsdp_modules(model)), None)
         try:
             with torch.no_grad():
-                figures = self.compute(unwrap(model))
+                figures = self.compute(inner)
         finally:
             for module in training:
                 module.training = True
+            for module in _fsdp_modules(model):  # some keep their weights whole for a backward pass to come
+                module.reshard()
+            self._group = self._fsdp_root = None
         prefix = f"{self.name}_" if self.name else ""
         return {prefix + key: float(value) for key, value in figures.items()}
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
         if metrics is None or f"eval_{self.primary_metric}" in metrics:  # `CocaTrainer` has asked before it logged
             return
-        figures = {f"eval_{key}": v for key, v in self(model, state.is_local_process_zero).items()}
+        figures = {f"eval_{key}": v for key, v in self(model, state.is_local_process_zero, shared=True).items()}
         metrics.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
@@ -113,13 +131,60 @@ class CocaEvaluator(TrainerCallback):
     def image_batches(
         self, model: PreTrainedModel, description: str, dataset: Sequence[Mapping[str, Any]] | None = None
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """`pixel_values` or `image_hidden_states` of `batch_size` rows at a time, on the model's device."""
+        """`pixel_values` or `image_hidden_states` of this process's batches, see `batches`, on the model's device."""
         dataset = self.dataset if dataset is None else dataset
         loader = DataLoader(
-            dataset, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=self._prepare_images
+            dataset,
+            batch_sampler=self.batches(len(dataset)),
+            num_workers=self.num_workers,
+            collate_fn=self._prepare_images,
         )
         for batch in self.progress(loader, description):
             yield {name: value.to(model.device, model.dtype) for name, value in batch.items()}
+
+    def batches(self, rows: int) -> list[range]:
+        """
+        Numbers of the rows of this process's batches: of all, or every so many-th in a shared evaluation.
+
+        All processes have equally many batches, as their layers may have to run together: some take the last one, too, which
+        `gather` leaves out.
+        """
+        batches = [range(start, min(start + self.batch_size, rows)) for start in range(0, rows, self.batch_size)]
+        if self._group is None:
+            return batches
+        rank, processes = dist.get_rank(self._group), dist.get_world_size(self._group)
+        return [batches[min(i + rank, len(batches) - 1)] for i in range(0, len(batches), processes)]
+
+    def gather(self, parts: Sequence[torch.Tensor] | Sequence[list[str]], rows: int) -> torch.Tensor | list[str]:
+        """What all processes have made of their batches, in order: tensors `(rows, ...)`, or texts."""
+        is_tensor = isinstance(parts[0], torch.Tensor)
+        if self._group is None:
+            return torch.cat(parts) if is_tensor else [text for texts in parts for text in texts]
+        processes = dist.get_world_size(self._group)
+        if is_tensor:  # only the last batch of all is short, so that what fills it up comes last
+            part = torch.stack([_fill(part, self.batch_size) for part in parts])
+            gathered = [torch.empty_like(part) for _ in range(processes)]
+            dist.all_gather(gathered, part, group=self._group)
+            return torch.stack(gathered, dim=1).flatten(0, 2)[:rows]
+        gathered = [None] * processes
+        dist.all_gather_object(gathered, list(parts), group=self._group)
+        return [text for batches in zip(*gathered, strict=True) for texts in batches for text in texts][:rows]
+
+    def as_forward(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """
+        A function that runs the model otherwise than by calling it, so that it finds its weights whole under FSDP2, too, which
+        gathers those outside of the layers when the outermost module is called.
+        """
+        root = self._fsdp_root
+        if root is None:
+            return function
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        root.evaluator_function = function
+        register_fsdp_forward_method(root, "evaluator_function")
+        registered = root.evaluator_function
+        del root.evaluator_function
+        return registered
 
     def _prepare_images(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         field_name = "image_column" if self.image_hidden_states_column is None else "image_hidden_states_column"
@@ -133,22 +198,21 @@ class CocaEvaluator(TrainerCallback):
 
     def encode_images(self, model: PreTrainedModel, dataset: Sequence[Mapping[str, Any]] | None = None) -> torch.Tensor:
         """L2-normalised embeddings (images, projection_dim) in fp32."""
-        embeds = [
-            model.base_model.get_image_features(**batch).pooler_output
-            for batch in self.image_batches(model, "Images", dataset)
-        ]
-        return F.normalize(torch.cat(embeds).float(), dim=-1)
+        dataset = self.dataset if dataset is None else dataset
+        encode = self.as_forward(lambda **batch: model.base_model.get_image_features(**batch).pooler_output)
+        embeds = [encode(**batch) for batch in self.image_batches(model, "Images", dataset)]
+        return F.normalize(self.gather(embeds, len(dataset)).float(), dim=-1)
 
     def encode_texts(self, model: PreTrainedModel, texts: Sequence[str]) -> torch.Tensor:
         """L2-normalised embeddings (texts, projection_dim) in fp32."""
         tokenizer = self.processor.tokenizer
+        encode = self.as_forward(lambda **batch: model.base_model.get_text_features(**batch).pooler_output)
         embeds: list[torch.Tensor] = []
-        for start in self.progress(range(0, len(texts), self.batch_size), "Texts"):
-            batch = list(texts[start : start + self.batch_size])
+        for numbers in self.progress(self.batches(len(texts)), "Texts"):
+            batch = [texts[i] for i in numbers]
             inputs = tokenizer(batch, padding=True, truncation=self.truncation, return_tensors="pt").to(model.device)
-            outputs = model.base_model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
-            embeds.append(outputs.pooler_output)
-        return F.normalize(torch.cat(embeds).float(), dim=-1)
+            embeds.append(encode(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]))
+        return F.normalize(self.gather(embeds, len(texts)).float(), dim=-1)
 
     def generate(
         self, model: PreTrainedModel, description: str, prompts: Sequence[str] | None = None, **kwargs: Any
@@ -159,15 +223,21 @@ class CocaEvaluator(TrainerCallback):
                 f"{type(self).__name__} needs a model that writes, a CocaForConditionalGeneration, not "
                 f"{type(model).__name__}."
             )
-        texts: list[str] = []
-        for batch in self.image_batches(model, description):
+        if _is_sharded(model):
+            # Texts end after different numbers of steps, and each step needs all processes
+            self._group = None
+        generate = self.as_forward(model.generate)
+        parts: list[list[str]] = []
+        batches = self.batches(len(self.dataset))
+        for numbers, batch in zip(batches, self.image_batches(model, description), strict=True):
             if prompts is not None:
-                some = prompts[len(texts) : len(texts) + self.batch_size]
-                batch.update({name: value.to(model.device) for name, value in self._prompt(some).items()})
+                some = self._prompt([prompts[i] for i in numbers])
+                batch.update({name: value.to(model.device) for name, value in some.items()})
             prompt_length = batch["input_ids"].shape[1] if prompts is not None else 0
-            sequences = model.generate(**batch, **kwargs)
-            texts += self.processor.tokenizer.batch_decode(sequences[:, prompt_length:], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+            sequences = generate(**batch, **kwargs)
+            texts = self.processor.tokenizer.batch_decode(sequences[:, prompt_length:], skip_special_tokens=True)
+            parts.append([text.strip() for text in texts])
+        return self.gather(parts, len(self.dataset))
 
     def _prompt(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """`[BOS] prompt` without EOS, padded on the left, so that `generate` takes it as it is."""
@@ -185,6 +255,24 @@ class CocaEvaluator(TrainerCallback):
         """A progress bar, which `transformers.utils.logging.disable_progress_bar` switches off."""
         description = f"{self.name} {description.lower()}" if self.name else description
         return logging.tqdm(iterable, desc=description, leave=False, disable=not self._show_progress)
+
+
+def _fill(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
+
+
+def _fsdp_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that FSDP2 has sharded, the outermost one first."""
+    if not dist.is_available():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether layers gather their weights from other processes, by FSDP2 or ZeRO-3."""
+    return bool(_fsdp_modules(model)) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def stack_arrays(arrays: Sequence[Any]) -> torch.Tensor:

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from ..evaluation.evaluator import CocaEvaluator
+from ..evaluation.evaluator import CocaEvaluator, unwrap
 from .data_collator import CocaDataCollator
 
 logger = logging.get_logger(__name__)
@@ -72,7 +73,8 @@ class CocaTrainer(Trainer):
       tokens and queries;
     - **model card** of `modeling_coca.hub.training_card`;
     - with a [`CocaDataCollator`], raw columns are kept, captions are chosen reproducibly, and evaluation takes the
-      first.
+      first;
+    - `dataloader_drop_last` leaves no row out of an evaluation.
 
     A plain `Trainer` trains the same model to the same weights, but for the clamp and the decay groups.
 
@@ -119,8 +121,7 @@ class CocaTrainer(Trainer):
         if contrastive_chunk_size is not None:
             if contrastive_chunk_size < 1:
                 raise ValueError(f"`contrastive_chunk_size` must be at least 1, got {contrastive_chunk_size}.")
-            forwards = (module.forward for module in self.model.modules())
-            if not any("contrastive_chunk_size" in inspect.signature(forward).parameters for forward in forwards):
+            if not _takes(self.model, "contrastive_chunk_size"):
                 raise ValueError(
                     "`contrastive_chunk_size` needs a `CocaForConditionalGeneration`. For the contrastive loss alone, set "
                     "its `config.caption_loss_weight = 0`."
@@ -134,10 +135,19 @@ class CocaTrainer(Trainer):
         self._clock = _Clock()
 
     def train(self, *args, **kwargs):
-        if self.args.world_size > 1 and not self.args.dataloader_drop_last:
+        batch_size = self.args.train_batch_size * self.args.world_size
+        filled_up = has_length(self.train_dataset) and len(self.train_dataset) % batch_size != 0
+        if (
+            filled_up
+            and self.args.world_size > 1
+            and not self.args.dataloader_drop_last
+            and self.is_world_process_zero()
+            and _is_contrastive(self.model)
+        ):
             logger.warning(
-                "The last batch of an epoch is filled up with rows of the first, so that all processes have equally many: "
-                "a row may then meet its own copy in the contrastive loss. `dataloader_drop_last=True` leaves it out."
+                f"{len(self.train_dataset)} rows make no whole number of batches of {batch_size}, so the last one of an epoch is "
+                "filled up with rows of the first: a row may then meet its own copy in the contrastive loss. "
+                "`dataloader_drop_last=True` leaves it out, and leaves evaluation whole."
             )
         self._train_losses, self._clock = _LossMeans(), _Clock()
         return super().train(*args, **kwargs)
@@ -192,7 +202,7 @@ class CocaTrainer(Trainer):
         if description == "Evaluation":
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, CocaEvaluator):
-                    metrics.update(callback(self.model, show_progress=self.is_local_process_zero()))
+                    metrics.update(callback(self.model, self.is_local_process_zero(), shared=True))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
@@ -201,23 +211,25 @@ class CocaTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        with self._first_captions():
+        with self._for_evaluation():
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
-        with self._first_captions():
+        with self._for_evaluation():
             return super().get_test_dataloader(test_dataset)
 
     @contextlib.contextmanager
-    def _first_captions(self) -> Iterator[None]:
-        data_collator = self.data_collator
+    def _for_evaluation(self) -> Iterator[None]:
+        """First captions, and all rows: `dataloader_drop_last` is meant for training."""
+        data_collator, drop_last = self.data_collator, self.args.dataloader_drop_last
         if isinstance(data_collator, CocaDataCollator):
             self.data_collator = copy.copy(data_collator)
             self.data_collator.caption_choice = "first"
+        self.args.dataloader_drop_last = False
         try:
             yield
         finally:
-            self.data_collator = data_collator
+            self.data_collator, self.args.dataloader_drop_last = data_collator, drop_last
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the losses, temperature and speed to what is logged in training. All processes call it together."""
@@ -229,6 +241,17 @@ class CocaTrainer(Trainer):
                     logs["temperature"] = math.exp(-_whole(logit_scale.detach()).item())
             logs["samples_per_second"] = round(self._clock.pop_rate() * self.args.world_size, 3)
         super().log(logs, start_time)
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    """Whether a forward in a model takes an argument."""
+    return any(argument in inspect.signature(module.forward).parameters for module in model.modules())
+
+
+def _is_contrastive(model: nn.Module) -> bool:
+    if _takes(model, "contrastive_chunk_size"):
+        return unwrap(model).config.contrastive_loss_weight > 0
+    return hasattr(unwrap(model), "logit_scale")  # `CocaModel`
 
 
 def _losses_of(outputs: Any) -> dict[str, torch.Tensor]:

@@ -7,15 +7,25 @@ import tempfile
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from modeling_coca import CocaForConditionalGeneration
+from modeling_coca import CocaForConditionalGeneration, CocaProcessor
+from modeling_coca.evaluation import (
+    CaptioningEvaluator,
+    QuestionAnsweringEvaluator,
+    RetrievalEvaluator,
+    ZeroShotClassificationEvaluator,
+)
 
 TOLERANCE = {"rtol": 1e-8, "atol": 1e-10}  # in fp64
 
@@ -126,6 +136,71 @@ def test_ddp_and_fsdp2_train_as_one_process(tiny_config, processes):
     # Tied weights, and the layout without poolers: FSDP2 wraps both in its own way
     sigmoid = tiny_config(contrastive_loss="sigmoid", tie_word_embeddings=True, pooler_type="none", num_query_tokens=16)
     spawn(check_ddp_and_fsdp2, processes, [tiny_config(), sigmoid])
+
+
+def evaluators(processor):
+    """Of each kind, over five batches of two rows: two processes have three and two of them."""
+    generator = np.random.default_rng(0)
+    words = "a photo of a red square, a drawing of a green circle, what is it, yellow blue white".split(", ")
+    rows = [
+        {
+            "image": Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)),
+            "text": f"{words[i % 4]} {i}",
+            "question": " ".join(["what"] * (1 + i % 5)),  # prompts of unequal length
+            "label": i % 3,
+        }
+        for i in range(9)
+    ]
+    shared = {"batch_size": 2}
+    names = ["red", "green", "blue"]
+    return [
+        RetrievalEvaluator(processor, rows, extra_texts=["white"], extra_images=rows[:3], ks=(1, 2), **shared),
+        ZeroShotClassificationEvaluator(processor, rows, class_names=names, per_class=True, **shared),
+        CaptioningEvaluator(processor, rows, generation_kwargs={"guidance_scale": 2.0}, **shared),
+        QuestionAnsweringEvaluator(processor, rows, answer_column="text", **shared),
+    ]
+
+
+def evaluate(evaluators, model, **kwargs):
+    figures = [evaluator(model, show_progress=False, **kwargs) for evaluator in evaluators]
+    return figures, [getattr(evaluator, "predictions", None) for evaluator in evaluators]
+
+
+def check_evaluators(rank, folder, config):
+    """The figures and texts of one process, to the bit, and training goes on as if there had been no evaluation."""
+    processor = CocaProcessor.from_pretrained(folder)
+    some = evaluators(processor)
+    model = CocaForConditionalGeneration.from_pretrained(folder)
+    calls = []
+    hook = model.model.image_pooler.register_forward_hook(lambda *_: calls.append(rank))
+    expected = evaluate(some, model)
+    assert len(set(expected[1][2])) > 1 and len(set(expected[1][3])) > 1
+    alone = len(calls)  # five batches each, two of `extra_images`, and the null images of the guidance
+    calls.clear()
+    assert evaluate(some, DistributedDataParallel(model), shared=True) == expected
+    assert alone == 5 * 4 + 2 + 5 and len(calls) == 3 * 4 + 1 + 3
+    hook.remove()
+    lora = LoraConfig(target_modules=r".*text_decoder.*v_proj", init_lora_weights=True)
+    for wrap in (fsdp2, lambda model: fsdp2(get_peft_model(model, lora))):
+        sharded = wrap(copy.deepcopy(model))
+        for shared in (True, False):
+            assert evaluate(some, sharded, shared=shared) == expected
+            assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
+
+    torch.manual_seed(0)
+    model = CocaForConditionalGeneration(config).double()
+
+    def wrap(model):
+        sharded = fsdp2(model)
+        evaluate(evaluators(processor)[::2], sharded, shared=True)
+        return sharded
+
+    for kwargs in ({}, {"contrastive_chunk_size": 3}):
+        assert_trains_as_one(rank, wrap, model, make_batch(8), [4, 4], **kwargs)
+
+
+def test_evaluators_share_a_data_set(tiny_config, model_folder):
+    spawn(check_evaluators, 2, str(model_folder), tiny_config())
 
 
 def check_native_fsdp2_and_tensor_parallelism(rank, folder):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from safetensors.torch import load_file
+
+from modeling_coca import CocaForConditionalGeneration
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "accelerate"
@@ -26,6 +29,7 @@ DDP = [
     *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
     *(f"--config_file={CONFIGS / 'ddp_cpu.yaml'}", "--main_process_port=0"),
 ]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def run(folder, start, *arguments):
@@ -47,17 +51,33 @@ def train(folder, start, *arguments):
     return load_file(folder / "model.safetensors"), torch.tensor(losses), report
 
 
-def test_accelerate_launch_trains_as_python_does(tmp_path):
-    """Two processes of 4 rows, in chunks of 2, and one of 8: the same losses and weights."""
-    sequential = "--train_sampling_strategy=sequential"
-    one, losses, report = train(tmp_path / "one", PYTHON, sequential, "--per_device_train_batch_size=8")
+@pytest.mark.parametrize(
+    ("start", "arguments", "engine"),
+    [
+        (DDP, [], "DistributedDataParallel"),
+        pytest.param(TORCHRUN, ["--fsdp_size=2"], "distributed_config", marks=pytest.mark.slow),
+    ],
+    ids=["ddp", "fsdp2"],
+)
+def test_two_processes_train_and_evaluate_as_one_does(tmp_path, model_folder, start, arguments, engine):
+    """Two processes of 4 rows, in chunks of 2, and one of 8: the same losses and weights, and figures of these weights."""
+    shared = ["--train_sampling_strategy=sequential", f"--processor={model_folder}"]
+    shared += ["--eval_strategy=steps", "--eval_steps=1", "--per_device_eval_batch_size=2"]
+    one, losses, report = train(tmp_path / "one", PYTHON, *shared, "--per_device_train_batch_size=8")
     assert (report["processes"], report["engine"]) == (1, "CocaForConditionalGeneration")
-    arguments = (sequential, "--per_device_train_batch_size=4", "--contrastive_chunk_size=2")
-    two, two_losses, report = train(tmp_path / "two", DDP, *arguments)
-    assert (report["processes"], report["engine"]) == (2, "DistributedDataParallel")
+    arguments = [*arguments, "--per_device_train_batch_size=4", "--contrastive_chunk_size=2"]
+    two, two_losses, report = train(tmp_path / "two", start, *shared, *arguments)
+    assert (report["processes"], report["engine"]) == (2, engine)
     torch.testing.assert_close(two_losses, losses, rtol=1e-6, atol=1e-5)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
+
+    model = CocaForConditionalGeneration.from_pretrained(tmp_path / "two")
+    assert len(report["evaluations"]) == 3
+    for evaluator in runpy.run_path(str(SCRIPT))["evaluators"](model_folder):
+        for name, value in evaluator(model).items():
+            assert report["evaluations"][-1][f"eval_{name}"] == value, name
+    assert report["captions"] == evaluator.predictions
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 import copy
 import functools
 import json
+import logging
 import math
 import operator
 import os
@@ -167,6 +168,52 @@ def test_evaluation_logs_both_losses_and_takes_the_first_caption(model, argument
         abs=1e-6,
     )
     assert "test_caption_loss" in trainer.predict(dataset).metrics
+
+
+def test_only_training_drops_a_last_short_batch(model, arguments, dataset, processor):
+    options = {"per_device_train_batch_size": 5, "per_device_eval_batch_size": 5, "dataloader_drop_last": True}
+    args = arguments(**options, dataloader_persistent_workers=True, dataloader_num_workers=1)
+    collator = CocaDataCollator(processor, return_loss=False)
+    trainer = CocaTrainer(model, args, collator, train_dataset=dataset, eval_dataset=dataset)
+    counts = {
+        name: [len(batch["pixel_values"]) for batch in loader]
+        for name, loader in (
+            ("train", trainer.get_train_dataloader()),
+            ("evaluation", trainer.get_eval_dataloader()),
+            ("test", trainer.get_test_dataloader(dataset)),
+        )
+    }
+    assert counts == {"train": [5, 5], "evaluation": [5, 5, 2], "test": [5, 5, 2]}
+    assert args.dataloader_drop_last
+    args = arguments(per_device_eval_batch_size=5)
+    expected = CocaTrainer(model, args, collator, eval_dataset=dataset).evaluate()
+    assert trainer.evaluate()["eval_caption_loss"] == expected["eval_caption_loss"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "drop_last", "weight", "warns"),
+    [
+        (12, False, 1.0, True),  # 5 on each of two processes
+        (10, False, 1.0, False),
+        (12, True, 1.0, False),
+        (12, False, 0.0, False),
+    ],
+)
+def test_several_processes_are_told_of_batches_that_are_filled_up(
+    tiny_config, arguments, dataset, processor, monkeypatch, caplog, rows, drop_last, weight, warns
+):
+    args = arguments(per_device_train_batch_size=5, dataloader_drop_last=drop_last)
+    trainer = CocaTrainer(
+        CocaForConditionalGeneration(tiny_config(contrastive_loss_weight=weight)),
+        args,
+        CocaDataCollator(processor),
+        train_dataset=dataset.select(range(rows)),
+    )
+    monkeypatch.setattr(type(args), "world_size", 2)
+    monkeypatch.setattr(Trainer, "train", lambda self: None)
+    monkeypatch.setattr(logging.getLogger("modeling_coca.training.trainer"), "propagate", True)
+    trainer.train()
+    assert ("batches of 10, so the last one" in caplog.text) == warns
 
 
 def test_a_loss_that_is_switched_off_is_not_logged(tiny_config, arguments, dataset, processor):

@@ -1,6 +1,7 @@
 """Several processes train as one: DDP and FSDP2 on gloo, tensor parallelism, and the engines that `accelerate launch` starts."""
 
 import copy
+import datetime
 import faulthandler
 import functools
 import tempfile
@@ -38,10 +39,16 @@ def spawn(function, processes, *args):
 
 def _start(rank, function, processes, folder, *args):
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(240, exit=True)  # a process that waits for ever says where
+    faulthandler.dump_traceback_later(900, exit=True)  # a process that waits for ever says where
     # A collective that torch is about to drop must not be used
     warnings.filterwarnings("error", message=r".*torch\.distributed.*deprecated.*", category=FutureWarning)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",  # no port that another process may have
+        rank=rank,
+        world_size=processes,
+        timeout=datetime.timedelta(minutes=10),  # of a collective: the error names it
+    )
     try:
         function(rank, *args)
     finally:

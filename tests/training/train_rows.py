@@ -3,6 +3,7 @@
 Started by the tests as `python`, `torchrun` and `accelerate launch`. Takes the arguments of `TrainingArguments`, and:
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -87,6 +88,7 @@ def engine_of(trainer):
 def main():
     options, args = HfArgumentParser((Options, TrainingArguments)).parse_args_into_dataclasses()
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(540, exit=True)  # before the test gives up
     # A deprecated call of ours, below the libraries' own, is an error
     warnings.filterwarnings("error", category=FutureWarning, module="modeling_coca")
     fields = json.loads(TINY_CONFIG.read_text())

@@ -2,13 +2,11 @@
 
     python benchmarks/growth.py --output growth.json --picture growth.png
 
-Memory on a CPU is the highest resident size of a process of its own, less what it had before; on a GPU the allocator's peak.
-The plain loss beside ours is `cross_entropy` over the logits of all tokens, as open_clip computes it.
+Captions are beside open_clip's with the same weights. Memory is that of tensors, counted exactly, without the weights and, in
+training, their gradients. The plain loss beside ours is `cross_entropy` over the logits of all tokens, as open_clip computes it.
 """
 
 import json
-import multiprocessing
-import resource
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -16,29 +14,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from harness import Clock, benchmark_parser, machine
-from open_clip_peer import load_pair, our_captions
+from open_clip_peer import OpenClipGenerator, greedy, load_pair, our_captions
+from peak_memory import PeakMemory
 
 from modeling_coca.linear_coca import CocaLinear
 from modeling_coca.loss_coca import caption_loss
 
 
-def peak_memory(job: Callable[..., None], *args) -> float:
-    """MB that `job(*args)` adds at its peak to a fresh process that has prepared it."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measured, (job, args))
-
-
-def _measured(job: Callable[..., None], args: tuple) -> float:
-    on_gpu = torch.cuda.is_available()
-    run = job(*args)
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+def peak_mb(run: Callable[[], None]) -> float:
+    with PeakMemory() as memory:
         run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    return memory.peak / 2**20
 
 
 def loss_job(kind: str, texts: int, tokens: int, vocabulary: int, width: int, device: str) -> Callable[[], None]:
@@ -57,12 +43,8 @@ def loss_job(kind: str, texts: int, tokens: int, vocabulary: int, width: int, de
     return run
 
 
-def training_job(chunk_size: int | None, batch_size: int, model: str, device: str) -> Callable[[], None]:
-    _, ours = load_pair(model, device, "float32")
-    ours.train()
+def training_job(ours, chunk_size: int | None, batch_size: int, device: str) -> Callable[[], None]:
     size, text = ours.config.vision_config.image_size, ours.config.text_config
-    for parameter in ours.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # of no interest here
     images = torch.randn(batch_size, 3, size, size, device=device)
     ids = torch.randint(1, text.vocab_size - 2, (batch_size, min(12, text.max_text_length)), device=device)
 
@@ -116,27 +98,33 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--picture", type=Path, help="PNG file to write")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    _, ours = load_pair(args.model, args.device, args.dtype)
+    theirs, ours = load_pair(args.model, args.device, args.dtype)
+    generator = OpenClipGenerator(theirs)
     size, width = ours.config.vision_config.image_size, ours.config.text_config.hidden_size
     images = torch.randn(max(args.batch_sizes), 3, size, size, device=args.device, dtype=getattr(torch, args.dtype))
 
-    def captions(batch_size: int, num_beams: int) -> float:
-        return seconds(
-            lambda: our_captions(ours, images[:batch_size], args.new_tokens, num_beams), args.device, args.rounds
-        )
+    def captions(of: str, batch_size: int, num_beams: int) -> float:
+        batch, tokens = images[:batch_size], args.new_tokens
+        if of == "ours":
+            return seconds(lambda: our_captions(ours, batch, tokens, num_beams), args.device, args.rounds)
+        if num_beams == 1:
+            return seconds(lambda: greedy(theirs, batch, tokens), args.device, args.rounds)
+        return seconds(lambda: generator.beams(batch, tokens, num_beams), args.device, args.rounds)
 
     curves = {
         "Greedy captions": {
             "x": args.batch_sizes,
             "x_label": "images in a batch",
             "y_label": "tokens a second",
-            "lines": {"ours": [n * args.new_tokens / captions(n, 1) for n in args.batch_sizes]},
+            "lines": {
+                of: [n * args.new_tokens / captions(of, n, 1) for n in args.batch_sizes] for of in ("ours", "open_clip")
+            },
         },
         "Beam search, one image": {
             "x": args.num_beams,
             "x_label": "beams",
             "y_label": f"seconds for {args.new_tokens} tokens",
-            "lines": {"ours": [captions(1, n) for n in args.num_beams]},
+            "lines": {of: [captions(of, 1, n) for n in args.num_beams] for of in ("ours", "open_clip")},
         },
     }
     kinds = {"ours": "ours", "logits of all tokens": "plain"}
@@ -145,7 +133,7 @@ def main(argv: list[str] | None = None) -> dict:
         "x_label": f"tokens in the vocabulary ({args.texts[-1]} texts of 20 tokens)",
         "y_label": "MB at the peak, gradients included",
         "lines": {
-            name: [peak_memory(loss_job, kind, args.texts[-1], 20, v, width, args.device) for v in args.vocabularies]
+            name: [peak_mb(loss_job(kind, args.texts[-1], 20, v, width, args.device)) for v in args.vocabularies]
             for name, kind in kinds.items()
         },
     }
@@ -154,16 +142,19 @@ def main(argv: list[str] | None = None) -> dict:
         "x_label": f"texts of 20 tokens ({args.vocabularies[-2]:,} in the vocabulary)",
         "y_label": "MB at the peak, gradients included",
         "lines": {
-            name: [peak_memory(loss_job, kind, n, 20, args.vocabularies[-2], width, args.device) for n in args.texts]
+            name: [peak_mb(loss_job(kind, n, 20, args.vocabularies[-2], width, args.device)) for n in args.texts]
             for name, kind in kinds.items()
         },
     }
+    ours = ours.float().train()
+    for parameter in ours.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # of no interest here
     curves["Training, both losses"] = {
         "x": args.train_batch_sizes,
         "x_label": "pairs in the contrastive batch",
         "y_label": "MB at the peak",
         "lines": {
-            name: [peak_memory(training_job, chunk, n, args.model, args.device) for n in args.train_batch_sizes]
+            name: [peak_mb(training_job(ours, chunk, n, args.device)) for n in args.train_batch_sizes]
             for name, chunk in {"at once": None, f"in chunks of {args.chunk_size}": args.chunk_size}.items()
         },
     }

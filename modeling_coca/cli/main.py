@@ -8,6 +8,7 @@ from .ask import ask
 from .caption import caption
 from .classify import classify
 from .convert import convert
+from .export import export
 from .index import index
 from .output import plain
 from .search import search
@@ -32,7 +33,8 @@ def options() -> None:
 app.command()(ask)
 app.command()(caption)
 app.command()(classify)
-app.command("convert")(convert)
+app.command()(convert)
+app.command()(export)
 app.command()(index)
 app.command()(search)
 

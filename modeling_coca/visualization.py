@@ -53,11 +53,13 @@ class WordMaps:
         words (`list[str]`): the text's words.
         maps (`np.ndarray` of shape `(words, h, w)`): attention of each, see [`AttentionMaps`].
         image (`PIL.Image.Image`): the image as the model saw it, resized and cropped.
+        text (`str`): the text.
     """
 
     words: list[str]
     maps: np.ndarray
     image: Image.Image
+    text: str
 
     def draw(self, **kwargs) -> Image.Image:
         """A picture with one panel a word, see [`draw_maps`]."""
@@ -214,7 +216,10 @@ def word_maps(
     if text is None:
         input_ids = model.generate(pixel_values=pixel_values, num_return_sequences=1, **generate_kwargs)
     else:
-        input_ids = tokenizer([text], return_tensors="pt")["input_ids"].to(model.device)
+        # A caption may fill all of the context, which leaves no room for the end of the text; and that is no word
+        input_ids = tokenizer([text], return_tensors="pt", verbose=False)["input_ids"].to(model.device)
+        if input_ids[0, -1] == tokenizer.eos_token_id:
+            input_ids = input_ids[:, :-1]
     maps = attention_maps(model, pixel_values, input_ids).tokens[0].cpu().numpy()
 
     # A token belongs to the word that it begins or goes on with, which decoding tells for any tokenizer
@@ -225,7 +230,8 @@ def word_maps(
         words = tokenizer.decode(input_ids[0, : t + 1], skip_special_tokens=True).split()
         members.append((max(len(words) - 1, 0), t))
     grouped = [np.mean([maps[t] for word, t in members if word == i] or [maps[0]], axis=0) for i in range(len(words))]
-    return WordMaps(words, np.stack(grouped) if words else maps[:0], _seen_image(processor, pixel_values[0]))
+    text = tokenizer.decode(input_ids[0], skip_special_tokens=True).strip()
+    return WordMaps(words, np.stack(grouped) if words else maps[:0], _seen_image(processor, pixel_values[0]), text)
 
 
 def _seen_image(processor: CocaProcessor, pixel_values: torch.Tensor) -> Image.Image:
@@ -236,6 +242,42 @@ def _seen_image(processor: CocaProcessor, pixel_values: torch.Tensor) -> Image.I
     )
     pixels = ((pixel_values * std + mean).clamp(0, 1) * 255).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def draw_map(image: Image.Image, values: np.ndarray | torch.Tensor, size: tuple[int, int] | None = None) -> Image.Image:
+    """
+    An image under a heat map, which has its own scale, from its smallest value to its largest.
+
+    Args:
+        image (`PIL.Image.Image`): the image as the model saw it.
+        values (`(h, w)`): attention.
+        size (`tuple[int, int]`, *optional*): width and height of the result, by default those of the image.
+
+    Returns:
+        `PIL.Image.Image`
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from PIL import Image
+    >>> from modeling_coca.visualization import draw_map
+
+    >>> draw_map(Image.new("RGB", (64, 64), "red"), np.random.rand(4, 4), (192, 192)).size
+    (192, 192)
+    ```
+    """
+    size = size or image.size
+    picture = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float32)
+    values = np.asarray(values, dtype=np.float32)
+    spread = values.max() - values.min()
+    values = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
+    heat = np.clip(np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BICUBIC)), 0, 1)
+    colours = np.stack(
+        [np.interp(heat, _HEAT_LEVELS, channel) for channel in zip(*_HEAT_COLOURS, strict=True)], axis=-1
+    )
+    opacity = 0.3 + 0.4 * heat[..., None]  # the picture shows best where little attention is
+    return Image.fromarray((picture * (1 - opacity) + colours * opacity).astype(np.uint8))
 
 
 def draw_maps(
@@ -250,7 +292,7 @@ def draw_maps(
 
     Args:
         image (`PIL.Image.Image`): the image as the model saw it.
-        maps (`(panels, h, w)`): attention. Each panel has its own scale, from its smallest value to its largest.
+        maps (`(panels, h, w)`): attention, see [`draw_map`].
         labels (`list[str]`): what to write below the panels.
         columns (`int`, *optional*): panels in a row; by default at most 6.
         panel_size (`int`): width of a panel in pixels.
@@ -282,21 +324,12 @@ def draw_maps(
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=16)
     narrower = min(1, min((width - 8) / max(font.getlength(label), 1) for label in labels))
     font = ImageFont.load_default(size=16 * narrower)
-    picture = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
     for i, (values, label) in enumerate(zip(maps, labels, strict=True)):
-        spread = values.max() - values.min()
-        values = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
-        heat = Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
-        heat = np.clip(np.asarray(heat), 0, 1)
-        colours = np.stack(
-            [np.interp(heat, _HEAT_LEVELS, channel) for channel in zip(*_HEAT_COLOURS, strict=True)], axis=-1
-        )
-        opacity = 0.3 + 0.4 * heat[..., None]  # the picture shows best where little attention is
-        panel = Image.fromarray((picture * (1 - opacity) + colours * opacity).astype(np.uint8))
+        panel = draw_map(image, values, (width, height))
         x, y = (i % columns) * width, (i // columns) * (height + label_height)
         canvas.paste(panel, (x, y))
         draw.text((x + width / 2, y + height + label_height / 2), label, fill="black", font=font, anchor="mm")
     return canvas
 
 
-__all__ = ["AttentionMaps", "WordMaps", "attention_maps", "draw_maps", "word_maps"]
+__all__ = ["AttentionMaps", "WordMaps", "attention_maps", "draw_map", "draw_maps", "word_maps"]

@@ -264,6 +264,17 @@ def test_words_of_several_tokens_have_one_map(dots, processor):
         torch.testing.assert_close(torch.tensor(maps.maps[word]), each[first + 1 : last + 1].mean(0))
 
 
+def test_a_text_that_fills_the_context(dots, processor):
+    """The end of a text, for which there is no room, is no word."""
+    limit = dots.config.text_config.max_text_length
+    text = " ".join(["a"] * (limit - 1))  # and BOS
+    assert len(processor.tokenizer(text, verbose=False)["input_ids"]) == limit + 1
+    maps = word_maps(dots, processor, picture(0, 5), text=text)
+    assert len(maps.words) == len(maps.maps) == limit - 1 and maps.text == text
+    with pytest.raises(ValueError, match="shorten the text"):
+        word_maps(dots, processor, picture(0, 5), text=text + " a")
+
+
 def test_the_image_is_the_one_that_the_model_saw(dots, processor):
     wide = Image.new("RGB", (64, 32), (200, 100, 50))
     maps = word_maps(dots, processor, wide, text="a red dot")

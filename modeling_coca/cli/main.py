@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from .app import app as page
 from .ask import ask
 from .caption import caption
 from .classify import classify
@@ -30,6 +31,7 @@ def options() -> None:
     """Keeps `coca VERB` the form of the command, however many verbs there are."""
 
 
+app.command("app")(page)
 app.command()(ask)
 app.command()(caption)
 app.command()(classify)

@@ -41,7 +41,7 @@ def visit(browser, served):
         tab.on("request", lambda request: addresses.add(request.url))
         tab.on("pageerror", lambda error: errors.append(str(error)))
         tab.goto(served.url, wait_until="domcontentloaded")
-        tab.get_by_role("tab", name="Caption").wait_for()
+        tab.get_by_role("button", name="Example: 00").wait_for()  # named last of all
         return tab
 
     yield open_page

@@ -13,6 +13,7 @@ from PIL import Image
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 
 import torch
+from transformers import TrainingArguments
 
 from modeling_coca import CocaConfig, CocaForConditionalGeneration, CocaImageProcessorPil, CocaProcessor, CocaTokenizer
 
@@ -66,6 +67,29 @@ def photos(tmp_path_factory) -> Path:
         suffix = ("png", "jpg", "webp")[number % 3]
         Image.fromarray(pixels).save(folder / ("more" if number > 9 else "") / f"{number:02d}.{suffix}")
     return folder
+
+
+@pytest.fixture
+def arguments(tmp_path) -> Callable[..., TrainingArguments]:
+    """`arguments(max_steps=6)`: of a short training on the CPU that writes nothing but its log."""
+
+    def build(**changes) -> TrainingArguments:
+        fields = {
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 4,
+            "max_steps": 3,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+        }
+        return TrainingArguments(**{**fields, **changes})
+
+    return build
 
 
 @pytest.fixture

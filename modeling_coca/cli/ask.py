@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from .options import OUTPUT, WRITING, AsJson, BatchSize, Device, Dtype, FastDecode, Model, NumWorkers
-from .output import plain, report_failures
+from .options import OUTPUT, AsJson, BatchSize, Device, Dtype, FastDecode, MaxNewTokens, Model, NumBeams, NumWorkers
+from .output import plain, report
 
 
 def ask(
@@ -14,21 +14,8 @@ def ask(
     ],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question, in quotes.", show_default=False)],
     model: Model,
-    num_beams: Annotated[
-        int,
-        typer.Option(
-            "--num_beams", min=1, help="Beam search: answers that are tried side by side.", rich_help_panel=WRITING
-        ),
-    ] = 1,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max_new_tokens",
-            min=1,
-            help="Longest answer, in tokens; by default what the model can do.",
-            rich_help_panel=WRITING,
-        ),
-    ] = None,
+    num_beams: NumBeams = 1,
+    max_new_tokens: MaxNewTokens = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -54,7 +41,6 @@ def ask(
     - `coca ask photos/ "is this a man or a woman?" --output answers.jsonl`
     """
     from modeling_coca.inference import ask_images
-    from modeling_coca.inference.journal import to_json
 
     done = ask_images(
         images,
@@ -69,17 +55,13 @@ def ask(
         device=device,
         dtype=dtype,
     )
-    if done is None:
-        return
-    if output is not None:
-        failed, total = done["failed"], done["images"]
-        print(to_json(done) if as_json else f"{total - len(failed)} answers in {output}")
-    else:
-        failed, total = [(row["id"], row["error"]) for row in done if "error" in row], len(done)
-        for row in done:
-            if as_json:
-                print(to_json({**row, "question": question}))
-            elif "error" not in row:
-                answer = plain(row["answer"])
-                print(answer if total == 1 else f"{plain(row['id'])}\t{answer}")
-    report_failures(failed, total)
+    if output is None:
+        done = [{**row, "question": question} for row in done]
+    single = output is None and len(done) == 1
+    report(
+        done,
+        output,
+        as_json,
+        "answers",
+        lambda row: [plain(row["answer"]) if single else f"{plain(row['id'])}\t{plain(row['answer'])}"],
+    )

@@ -16,11 +16,14 @@ from .options import (
     ImageColumn,
     ImageRoot,
     Images,
+    MaxNewTokens,
     Model,
+    NumBeams,
     NumWorkers,
+    Overwrite,
     Split,
 )
-from .output import plain, report_failures
+from .output import plain, report
 
 
 def caption(
@@ -65,29 +68,14 @@ def caption(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Throw away an output that is there.", rich_help_panel=OUTPUT)
-    ] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     prompt: Annotated[
         str | None,
         typer.Option(help="How every caption begins, such as 'a photo of'.", rich_help_panel=WRITING),
     ] = None,
-    num_beams: Annotated[
-        int,
-        typer.Option(
-            "--num_beams", min=1, help="Beam search: captions that are tried side by side.", rich_help_panel=WRITING
-        ),
-    ] = 1,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max_new_tokens",
-            min=1,
-            help="Longest caption, in tokens; by default what the model can do.",
-            rich_help_panel=WRITING,
-        ),
-    ] = None,
+    num_beams: NumBeams = 1,
+    max_new_tokens: MaxNewTokens = None,
     best_of: Annotated[
         int,
         typer.Option(
@@ -148,7 +136,6 @@ def caption(
     - `coca caption 'shards/{000..099}.tar' -m my/model -o captions/ --format parquet --embeddings`
     """
     from modeling_coca.inference import caption_images
-    from modeling_coca.inference.journal import to_json
 
     done = caption_images(
         images,
@@ -182,20 +169,10 @@ def caption(
         top_k=top_k,
         repetition_penalty=repetition_penalty,
     )
-    if done is None:
-        return
-    if output is not None:
-        if as_json:
-            print(to_json(done))
-        else:
-            print(f"{done['images'] - len(done['failed'])} images captioned in {done['output']}")
-        failed = done["failed"]
-    else:
-        for row in done:
-            if as_json:
-                print(to_json(row))
-            elif "error" not in row:
-                captions = row.get("captions", [row])
-                print(*(f"{plain(row['id'])}\t{plain(c['caption'])}\t{c['score']:.3f}" for c in captions), sep="\n")
-        failed = [(row["id"], row["error"]) for row in done if "error" in row]
-    report_failures(failed, len(done) if output is None else done["images"])
+
+    def lines(row: dict) -> list[str]:
+        return [
+            f"{plain(row['id'])}\t{plain(each['caption'])}\t{each['score']:.3f}" for each in row.get("captions", [row])
+        ]
+
+    report(done, output, as_json, "images captioned", lines)

@@ -18,9 +18,10 @@ from .options import (
     Images,
     Model,
     NumWorkers,
+    Overwrite,
     Split,
 )
-from .output import plain, report_failures
+from .output import plain, report, report_failures
 
 CLASSES, EVALUATION = "Classes", "Evaluation"
 
@@ -84,9 +85,7 @@ def classify(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Throw away an output that is there.", rich_help_panel=OUTPUT)
-    ] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     evaluate: Annotated[
         bool,
@@ -171,21 +170,12 @@ def classify(
     if classes is None:
         raise ValueError("Say which classes there are: --classes 'cat, dog', or a file.")
     done = classify_images(images, output, overwrite=overwrite, **shared)
-    if done is None:
-        return
-    if output is not None:
-        failed, total = done["failed"], done["images"]
-        print(to_json(done) if as_json else f"{total - len(failed)} images classified in {output}")
-    else:
-        failed, total = [(row["id"], row["error"]) for row in done if "error" in row], len(done)
-        for row in done:
-            if as_json:
-                print(to_json(row))
-            elif "error" not in row:
-                labels = row["labels"] if multi_label else row["labels"][:1]
-                scored = (f"{plain(label['label'])}\t{label['score']:.3f}" for label in labels)
-                print(plain(row["id"]), *scored, sep="\t")
-    report_failures(failed, total)
+
+    def lines(row: dict) -> list[str]:
+        labels = row["labels"] if multi_label else row["labels"][:1]
+        return ["\t".join([plain(row["id"]), *(f"{plain(each['label'])}\t{each['score']:.3f}" for each in labels)])]
+
+    report(done, output, as_json, "images classified", lines)
 
 
 def _print_figures(figures: dict, confusion: str | None) -> None:

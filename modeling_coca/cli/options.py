@@ -83,4 +83,20 @@ Dtype = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+NumBeams = Annotated[
+    int,
+    typer.Option("--num_beams", min=1, help="Beam search: texts that are tried side by side.", rich_help_panel=WRITING),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max_new_tokens",
+        min=1,
+        help="Longest text, in tokens; by default what the model can do.",
+        rich_help_panel=WRITING,
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Throw away an output that is there.", rich_help_panel=OUTPUT)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.", rich_help_panel=OUTPUT)]

@@ -1,13 +1,14 @@
 """LoRA adapters of PEFT: trained by `CocaTrainer`, saved, opened, merged."""
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from packaging.version import Version
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from modeling_coca import CocaForConditionalGeneration, CocaModel
@@ -19,24 +20,8 @@ LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj
 
 
 @pytest.fixture
-def arguments(tmp_path):
-    def build(**changes):
-        fields = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 4,
-            "max_steps": 8,
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "constant",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "remove_unused_columns": False,
-        }
-        return TrainingArguments(**{**fields, **changes})
-
-    return build
+def arguments(arguments):
+    return functools.partial(arguments, max_steps=8)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from modeling_coca import CocaForConditionalGeneration, CocaImageProcessorPil, CocaModel, CocaProcessor, CocaTokenizer
 from modeling_coca.evaluation import RetrievalEvaluator
@@ -46,27 +46,6 @@ def processor(dataset):
 def model(tiny_config):
     torch.manual_seed(0)
     return CocaForConditionalGeneration(tiny_config())
-
-
-@pytest.fixture
-def arguments(tmp_path):
-    def build(**changes):
-        fields = {
-            "output_dir": str(tmp_path / "out"),
-            "per_device_train_batch_size": 4,
-            "max_steps": 3,
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "constant",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "remove_unused_columns": False,
-        }
-        return TrainingArguments(**{**fields, **changes})
-
-    return build
 
 
 def logs_of(trainer, key="loss"):

@@ -122,7 +122,7 @@ class _Verbs:
         if both and image is None:
             raise ValueError("Choose a picture first, or take the tick away to search by words alone.")
         hits = self.index.search(text, image=image, k=NUM_HITS)
-        return search_hits((hit, self.names[hit.id], thumbnail(hit.id)) for hit in hits)
+        return search_hits((hit, self.names[hit.id], thumbnail(hit.id, self.index.image_root)) for hit in hits)
 
     def _text(self, text: str, what: str) -> str:
         """Not empty, and within what the model reads."""

@@ -8,6 +8,7 @@ import gradio as gr
 from gradio.data_classes import ImageData
 from PIL import Image, ImageOps
 
+from modeling_coca.inference.limits import check_inside
 from modeling_coca.inference.loading import open_image, reason_of
 
 # What browsers and cameras make. Pillow knows many more, some of which start other programs; old ones know no AVIF.
@@ -70,9 +71,10 @@ def open_upload(path: str | Path, max_pixels: int) -> Image.Image:
         raise ValueError(f"This picture is damaged: {reason_of(error)}.") from None
 
 
-def thumbnail(path: str, size: int = 360) -> Image.Image | None:
-    """A small copy of one of the server's own images, or `None` where no such file can be read."""
+def thumbnail(path: str, root: str, size: int = 360) -> Image.Image | None:
+    """A small copy of one of the server's own images, or `None` where there is none in the folder `root` that can be read."""
     try:
+        check_inside(path, [root])
         image = open_image(path, at_least=2 * size)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None

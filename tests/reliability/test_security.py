@@ -594,10 +594,14 @@ def test_ids_of_an_index_from_the_hub_lead_nowhere_else(places, model_folder, mo
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kwargs: str(places / "hub"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", places / "cache")
     monkeypatch.chdir(places / "data")
-    hits = CocaIndex.load("someone/index").search("a red square", k=4, rerank=4)
+    loaded = CocaIndex.load("someone/index")
+    hits = loaded.search("a red square", k=4, rerank=4)
     assert [hit.id for hit in hits if hit.log_prob is not None] == ["own.png"]
     assert caplog.text.count("leads out of .: say by `image_root`") == 3
     assert all(isinstance(hit.metadata["picture"], dict) for hit in hits)  # no picture was opened
+    page = pytest.importorskip("modeling_coca.app.page", reason="gradio is not installed", exc_type=ImportError)
+    shown = page._Verbs(loaded.embedder.model, loaded.embedder.processor, loaded).search("a red square", None, False)
+    assert shown.count("<img ") == 1 and shown.count("no picture to show") == 3
     hits = CocaIndex.load("someone/index", image_root=places).search("a red square", k=4, rerank=4)
     assert all(hit.log_prob is not None for hit in hits)
 

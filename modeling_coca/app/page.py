@@ -180,6 +180,7 @@ def build_page(
             inputs,
             outputs,
             api_name=function.__name__,
+            show_progress_on=outputs[0],
             concurrency_id="model",
             concurrency_limit=1,
         )

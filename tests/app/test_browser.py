@@ -103,8 +103,13 @@ def test_by_keyboard_alone(visit, served, photos):
         raise AssertionError(f"{presses} times Tab do not reach {name}")
 
     reach("Drop an image file here to upload", 2)
-    with tab.expect_file_chooser() as chooser:
-        tab.keyboard.press("Enter")
+    for attempt in range(3):  # on a busy machine the key may count no more as the user's when the page gets to it
+        try:
+            with tab.expect_file_chooser(timeout=8_000) as chooser:
+                tab.keyboard.press("Enter")
+            break
+        except playwright.TimeoutError:
+            assert attempt < 2
     chooser.value.set_files(photos / "00.png")
     tab.locator("#coca-picture img").wait_for()
     reach("Ask")

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -69,3 +70,24 @@ def test_help_tells_who_can_see_the_page(coca):
     code, out, _ = coca("app", "--help")
     assert code == 0 and "for this computer only" in out and "coca app --model outputs/quickstart" in out
     assert "lets in the whole network" in out and "Whoever has it can use it" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_is_ended_deletes_what_was_sent(number, model_folder, photos, tmp_path):
+    pytest.importorskip("gradio")
+    command = [sys.executable, "-m", "modeling_coca.cli", "app", "--model", str(model_folder)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+    ) as run:
+        try:
+            address = run.stdout.readline().split()[4]
+            files = {"files": ("a.png", (photos / "00.png").read_bytes())}
+            assert httpx.post(f"{address}gradio_api/upload", files=files, timeout=60).status_code == 200
+            (folder,) = tmp_path.glob("coca-app-*")
+            assert len(list(folder.rglob("a.png"))) == 1
+            run.send_signal(number)
+            assert run.wait(timeout=60) == 0
+        finally:
+            run.kill()
+    assert not folder.exists()

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Without the tools of tests/tools and the scripts, which ask for newer versions themselves; their tests are skipped
 EXTRAS = "convert,eval,inference,retrieval,train"
-TEST_TOOLS = ["parameterized>=0.9", "pytest>=8.0", "timm>=1.0.23"]
+TEST_TOOLS = ["hypothesis>=6.100", "parameterized>=0.9", "pytest>=8.0", "timm>=1.0.23"]
 
 
 def lower_bounds() -> list[str]:

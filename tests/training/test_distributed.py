@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from peft import LoraConfig, get_peft_model
+from packaging.version import Version
 from PIL import Image
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -28,6 +28,8 @@ from modeling_coca.evaluation import (
     ZeroShotClassificationEvaluator,
 )
 
+# On CPUs it does not run with PyTorch 2.6, and not over layers that are recomputed with 2.7
+HAS_FSDP2 = Version(torch.__version__) >= Version("2.8")
 TOLERANCE = {"rtol": 1e-8, "atol": 1e-10}  # in fp64
 
 
@@ -128,11 +130,13 @@ def check_ddp_and_fsdp2(rank, configs):
         run(DistributedDataParallel, model, batch, even, contrastive_chunk_size=3)
         run(DistributedDataParallel, model, make_batch(sum(uneven)), uneven)
         run(DistributedDataParallel, model, make_batch(sum(uneven)), uneven, contrastive_chunk_size=3)
+        masked = {**batch, "contrastive_mask": torch.arange(sum(even)) < 5}  # the last process has one pair, or none
+        run(DistributedDataParallel, model, masked, even)
+        if not HAS_FSDP2:
+            continue
         run(fsdp2, model, batch, even)
         run(fsdp2, model, batch, even, contrastive_chunk_size=3)
         run(fsdp2, model, make_batch(sum(uneven)), uneven, contrastive_chunk_size=3)
-        masked = {**batch, "contrastive_mask": torch.arange(sum(even)) < 5}  # the last process has one pair, or none
-        run(DistributedDataParallel, model, masked, even)
         model.gradient_checkpointing_enable()
         run(fsdp2, model, batch, even)
         run(fsdp2, model, batch, even, contrastive_chunk_size=3)
@@ -174,6 +178,8 @@ def evaluate(evaluators, model, **kwargs):
 
 
 def check_evaluators(rank, folder, config):
+    from peft import LoraConfig, get_peft_model
+
     """The figures and texts of one process, to the bit, and training goes on as if there had been no evaluation."""
     processor = CocaProcessor.from_pretrained(folder)
     some = evaluators(processor)
@@ -206,7 +212,9 @@ def check_evaluators(rank, folder, config):
         assert_trains_as_one(rank, wrap, model, make_batch(8), [4, 4], **kwargs)
 
 
+@pytest.mark.skipif(not HAS_FSDP2, reason="FSDP2 on CPUs needs PyTorch 2.8 or newer")
 def test_evaluators_share_a_data_set(tiny_config, model_folder):
+    pytest.importorskip("peft")
     spawn(check_evaluators, 2, str(model_folder), tiny_config())
 
 
@@ -243,6 +251,7 @@ def check_native_fsdp2_and_tensor_parallelism(rank, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not HAS_FSDP2, reason="FSDP2 on CPUs needs PyTorch 2.8 or newer")
 def test_distributed_loading_of_transformers(tiny_config, tmp_path, capfd):
     torch.manual_seed(0)
     CocaForConditionalGeneration(tiny_config()).save_pretrained(tmp_path)

@@ -1,7 +1,9 @@
 """CoCa model configuration: image encoder, text stacks and the poolers between them."""
 
+import difflib
 import math
-from typing import ClassVar, Literal
+from dataclasses import fields
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -49,6 +51,50 @@ def _check_timm(vision_config: PreTrainedConfig) -> None:
         )
         name = vision_config.architecture
         _require(":" not in name, f"`vision_config.architecture` must be one of timm's own, got {name!r}.")
+
+
+def _require_finite(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or math.isfinite(value), f"`{name}` must be a finite number, got {value}.")
+
+
+def _require_positive(config: PreTrainedConfig, *names: str) -> None:
+    _require_finite(config, *names)
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"`{name}` must be more than 0, got {value}.")
+
+
+def _require_activation(config: PreTrainedConfig) -> None:
+    from transformers.activations import ACT2FN  # brings PyTorch, which a config can do without until then
+
+    _require(
+        config.hidden_act in ACT2FN,
+        f"`hidden_act` {config.hidden_act!r} is no activation of transformers: choose one of {', '.join(ACT2FN)}.",
+    )
+
+
+def _check_given(config: PreTrainedConfig, others: dict[str, Any]) -> None:
+    """
+    Refuses fields that are a letter away from a field of `config`, which transformers would keep as attributes that nobody
+    reads, and values of its own fields on which it stumbles.
+    """
+    known = [field.name for field in fields(config)]
+    for name in others:
+        if similar := difflib.get_close_matches(name, known, n=1, cutoff=0.9):
+            raise ValueError(f"{type(config).__name__} has no field `{name}`: do you mean `{similar[0]}`?")
+    if isinstance(config.dtype, str):
+        import torch
+
+        name = config.dtype.removeprefix("torch.")
+        _require(
+            isinstance(getattr(torch, name, None), torch.dtype),
+            f"`dtype` {config.dtype!r} is no type of PyTorch: give float32, bfloat16, float16 or another.",
+        )
+    for name in ("id2label", "label2id"):
+        value = getattr(config, name)
+        _require(value is None or isinstance(value, dict), f"`{name}` must be a dict, got {type(value).__name__}.")
 
 
 @strict
@@ -106,6 +152,10 @@ class CocaVisionConfig(PreTrainedConfig):
     use_post_layernorm: bool = False
     layer_scale_init_value: float | None = None
 
+    def __post_init__(self, **kwargs):
+        _check_given(self, kwargs)
+        super().__post_init__(**kwargs)
+
     def validate_architecture(self):
         super().validate_architecture()
         _require_at_least(
@@ -114,6 +164,10 @@ class CocaVisionConfig(PreTrainedConfig):
         _require_at_least(self, 0, "num_hidden_layers")
         _require_divisible(self, "hidden_size", "num_attention_heads")
         _require_probability(self, "attention_dropout", "patch_dropout")
+        _require_positive(self, "layer_norm_eps")
+        _require_finite(self, "layer_scale_init_value", "initializer_range")
+        _require_at_least(self, 0, "initializer_range")
+        _require_activation(self)
         _require(
             isinstance(self.image_size, int) or len(self.image_size) == 2,
             f"`image_size` must be an int or [height, width], got {self.image_size}.",
@@ -200,6 +254,7 @@ class CocaTextConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs):
+        _check_given(self, kwargs)
         if self.multimodal_intermediate_size is None:
             self.multimodal_intermediate_size = self.intermediate_size
         super().__post_init__(**kwargs)
@@ -218,6 +273,10 @@ class CocaTextConfig(PreTrainedConfig):
         )
         _require_divisible(self, "hidden_size", "num_attention_heads")
         _require_probability(self, "attention_dropout", "dropout")
+        _require_positive(self, "layer_norm_eps")
+        _require_finite(self, "layer_scale_init_value", "initializer_range")
+        _require_at_least(self, 0, "initializer_range")
+        _require_activation(self)
         _require(
             self.num_multimodal_layers <= self.num_hidden_layers,
             f"`num_multimodal_layers` ({self.num_multimodal_layers}) exceeds `num_hidden_layers` "
@@ -230,6 +289,23 @@ class CocaTextConfig(PreTrainedConfig):
         _require(
             not self.shifted_cls_mask or (self.use_cls_token and self.pad_token_id is not None),
             "`shifted_cls_mask=True` needs `use_cls_token=True` and a `pad_token_id`.",
+        )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            self._require_token(name)
+        _require(
+            self.use_cls_token or self.eos_token_id is not None,
+            "Without [CLS] (`use_cls_token=False`) the text embedding is read at EOS: give an `eos_token_id`.",
+        )
+
+    def _require_token(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None or value == getattr(CocaTextConfig, name):  # CLIP's, of which transformers warns
+            return
+        ids = [value] if isinstance(value, int) else value
+        _require(
+            len(ids) > 0 and all(0 <= token < self.vocab_size for token in ids),
+            f"`{name}` {value} must be an id of the vocabulary (`vocab_size` = {self.vocab_size}) or None: give the "
+            "tokenizer's.",
         )
 
     @property
@@ -355,13 +431,16 @@ class CocaConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        # Without this, a folder of another library would become the default model with random weights
-        if "model_type" not in config_dict:
+        try:
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (TypeError, AttributeError, RecursionError) as error:
+            raise OSError(f"The config.json of {pretrained_model_name_or_path} is no JSON object ({error}).") from error
+        # Without this, a folder of another library or model would become the default model with random weights
+        if not isinstance(config_dict, dict) or config_dict.get("model_type") != cls.model_type:
             raise OSError(
-                f"{pretrained_model_name_or_path} has no config.json with a `model_type`. If it is a checkpoint of open_clip, CONCH "
-                "or torchmultimodal, load the model with `CocaForConditionalGeneration.from_pretrained`, which takes it, or "
-                f"convert it once for all: `coca convert {pretrained_model_name_or_path} OUT`."
+                f'{pretrained_model_name_or_path} has no config.json with a `model_type` "{cls.model_type}". If it is a checkpoint of '
+                "open_clip, CONCH or torchmultimodal, load the model with `CocaForConditionalGeneration.from_pretrained`, which takes "
+                f"it, or convert it once for all: `coca convert {pretrained_model_name_or_path} OUT`."
             )
         return config_dict, kwargs
 
@@ -370,6 +449,8 @@ class CocaConfig(PreTrainedConfig):
             # Where to find the code that a folder brings along: this package's stands in for it, and saves no copy of it
             kwargs.pop("auto_map", None)
             kwargs.pop("custom_pipelines", None)
+        _check_given(self, kwargs)
+        self._check_parts()
         super().__post_init__(**kwargs)
         _check_timm(self.vision_config)
         if self.pooler_hidden_size is None:
@@ -382,11 +463,31 @@ class CocaConfig(PreTrainedConfig):
         if self.logit_bias_init_value is None and sigmoid:
             self.logit_bias_init_value = -10.0
 
+    def _check_parts(self) -> None:
+        for name, is_fine in (
+            ("vision_config", lambda model_type: model_type not in ("coca", "coca_text_model")),
+            ("text_config", lambda model_type: model_type in (None, "coca_text_model")),
+        ):
+            part = getattr(self, name)
+            model_type = part.get("model_type") if isinstance(part, dict) else getattr(part, "model_type", None)
+            _require(
+                is_fine(model_type),
+                f'`{name}` is of the `model_type` "{model_type}": it must be '
+                + ('"coca_text_model".' if name == "text_config" else "that of a vision model."),
+            )
+
     def validate_architecture(self):
         super().validate_architecture()
         _require_at_least(
-            self, 1, "projection_dim", "num_query_tokens", "num_pooler_attention_heads", "pooler_hidden_size"
+            self,
+            1,
+            "projection_dim",
+            "num_query_tokens",
+            "num_pooler_attention_heads",
+            "pooler_hidden_size",
+            "contrastive_pooler_hidden_size",
         )
+        _require_finite(self, "contrastive_loss_weight", "caption_loss_weight", "logit_bias_init_value")
         _require_at_least(self, 0, "contrastive_loss_weight", "caption_loss_weight")
         _require(
             self.contrastive_loss_weight > 0 or self.caption_loss_weight > 0,
@@ -401,6 +502,19 @@ class CocaConfig(PreTrainedConfig):
             f'`image_pooling="mean"` belongs to `pooler_type` "shared" or "none", not "{self.pooler_type}", whose '
             "contrastive pooler has its own query.",
         )
+        _require(
+            self.pooler_type != "none" or self.image_pooling == "mean" or self._has_class_token(),
+            '`pooler_type="none"` with `image_pooling="first"` reads the embedding from the class token, and '
+            '`vision_config.use_class_token` is False: set one of the three, as `image_pooling="mean"`.',
+        )
+        # Beyond, the factor is no number in fp32; it is easily given as the factor itself
+        _require(
+            self.logit_scale_init_value is None or abs(self.logit_scale_init_value) <= 80,
+            f"`logit_scale_init_value` is a logarithm and must lie in [-80, 80], got {self.logit_scale_init_value}.",
+        )
+
+    def _has_class_token(self) -> bool:
+        return getattr(self.vision_config, "use_class_token", True)
 
 
 # Sub-configs are found by `model_type`, also when this file comes from the Hub as remote code.

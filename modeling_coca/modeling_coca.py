@@ -4,7 +4,8 @@ Shapes in comments: B batch, T text tokens, N tokens of the image encoder, Q ima
 """
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -505,6 +506,42 @@ class CocaImagePooler(nn.Module):
 # -------------------------------------------------------------------------------------------------- pretrained models
 
 
+def _check_files(folder: str | os.PathLike | None, only_indices: bool = False) -> None:
+    """Raises a `ValueError` that names the weight file of `folder` that is damaged, or an index that leads elsewhere."""
+    if folder is None or not os.path.isdir(folder):
+        return
+    try:
+        from modeling_coca.conversion.sources import check_files
+    except ImportError:  # this file came from the Hub
+        return
+    check_files(folder, only_indices)
+
+
+def _check_loaded(model: nn.Module, info: Mapping | None, source: str | os.PathLike | None) -> None:
+    """Refuses what transformers takes: a file of other tensors, which leaves a random model, and weights that are no numbers."""
+    if source is None:
+        return
+    info = info or {"missing_keys": ()}  # who asks for the names looks at them
+    names = {name for name, parameter in model.named_parameters()}
+    if names and names <= set(info["missing_keys"]):
+        raise ValueError(
+            f"{source} has none of the {len(names)} tensors of {type(model).__name__}, but others: "
+            f"{sorted(info['unexpected_keys'])[:3]}. Save the model's own state dict, without wrapper or prefix."
+        )
+    broken = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.device.type != "meta"
+        and parameter.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and not torch.isfinite(parameter.detach().sum(dtype=torch.float32))
+    ]
+    if broken:
+        raise ValueError(
+            f"{source} holds weights that are infinite or no numbers, in {len(broken)} tensors: {', '.join(broken[:3])}. Its "
+            "training has diverged, or the file is damaged: take an earlier checkpoint."
+        )
+
+
 class CocaPreTrainedModel(PreTrainedModel):
     """Weight initialisation, loading and saving common to all CoCa models."""
 
@@ -530,8 +567,14 @@ class CocaPreTrainedModel(PreTrainedModel):
         torchmultimodal (`"laion/CoCa-ViT-L-14-laion2B-s13B-b90k"`, a folder, a weight file) open as well: they are converted
         in memory, each time. `save_pretrained` then writes this package's layout, as always.
         """
+        _check_files(pretrained_model_name_or_path, only_indices=True)
+        wants_info = kwargs.pop("output_loading_info", False)
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+            _check_loaded(model, None if wants_info else info, pretrained_model_name_or_path)
+            return (model, info) if wants_info else model
         except OSError as error:  # no config or no weights under transformers' names
             if cls.config_class.model_type != "coca" or pretrained_model_name_or_path is None:
                 raise
@@ -540,13 +583,16 @@ class CocaPreTrainedModel(PreTrainedModel):
             except ImportError:  # this file came from the Hub
                 raise error from None
             found = open_foreign(pretrained_model_name_or_path, error, kwargs)
+        except Exception:
+            _check_files(pretrained_model_name_or_path)
+            raise
         kwargs |= {"config": found.config, "state_dict": found.state_dict()}
-        loaded = super().from_pretrained(None, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model, info = super().from_pretrained(None, *model_args, output_loading_info=True, **kwargs)
+        _check_loaded(model, None, pretrained_model_name_or_path)
         model.name_or_path = str(pretrained_model_name_or_path)
         if model.can_generate():
             model.generation_config = found.generation_config()
-        return loaded
+        return (model, info) if wants_info else model
 
     def train(self, mode: bool = True):
         """Sets training mode, except in parts frozen by `modeling_coca.training.freeze`, whose dropout and running
@@ -1102,7 +1148,13 @@ def _build_vision_model(config: CocaConfig) -> PreTrainedModel:
     # By name: as remote code this file may meet a config class of another copy of its module
     if config.vision_config.model_type == "coca_vision_model":
         return CocaVisionModel._from_config(config.vision_config)
-    return AutoModel.from_config(config.vision_config)
+    model = AutoModel.from_config(config.vision_config)
+    if model.main_input_name != "pixel_values":
+        raise ValueError(
+            f"`vision_config` of type {config.vision_config.model_type!r} is of no image encoder: it takes "
+            f"`{model.main_input_name}`, no `pixel_values`."
+        )
+    return model
 
 
 def _vision_hidden_size(config: CocaConfig) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration_coca import CocaConfig
 from ..modeling_coca import CocaForConditionalGeneration, CocaModel
@@ -63,7 +64,18 @@ class Conversion:
 
     def __init__(self, family: Family, their_config: dict, shapes: Shapes):
         self.family, self.their_config = family, their_config
-        self.config = family.to_config(their_config)
+        try:
+            self.config = family.to_config(their_config)
+        except ValueError:
+            raise
+        except StrictDataclassError as error:  # of a field of ours, to which one of theirs leads
+            raise ValueError(
+                f"The {family.name} config makes no CoCa: {str(error).splitlines()[-1].strip()}"
+            ) from error
+        except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+            raise ValueError(
+                f"The {family.name} config has a missing or wrong value ({error!r}): correct it."
+            ) from error
         # Without a decoder (CONCH's) it is a dual encoder, whose names lack the prefix
         self.has_decoder = not family.decoder_is_optional or any("text_decoder." in name for name in shapes)
         model_class = CocaForConditionalGeneration if self.has_decoder else CocaModel

@@ -263,7 +263,34 @@ def _read(model_cfg: Mapping, section: str) -> dict[str, Any]:
             raise _unsupported(name, value, only[key][1])
         if key not in only and key not in defaults and key not in ignored:
             raise _unsupported(name, value, "this key is not known")
-    return {**defaults, **{key: value for key, value in given.items() if key in defaults}}
+    values = {**defaults, **{key: value for key, value in given.items() if key in defaults}}
+    for key, value in values.items():
+        _check_value(f"{section}.{key}" if section else key, value, defaults[key])
+    return values
+
+
+# Keys that hold integers, and the least that makes sense
+_LEAST = {
+    **dict.fromkeys(("width", "head_width", "patch_size", "image_size", "attn_pooler_queries", "attn_pooler_heads"), 1),
+    **dict.fromkeys(("embed_dim", "heads", "context_length", "vocab_size"), 1),
+    **dict.fromkeys(("layers", "pad_id", "eos_id"), 0),
+}
+_NUMBERS = ("mlp_ratio", "ls_init_value", "patch_dropout", "init_logit_scale", "init_logit_bias")
+_LISTS = ("vision_cfg.layers", "vision_cfg.patch_size", "vision_cfg.image_size")
+
+
+def _check_value(name: str, value: Any, default: Any) -> None:
+    key = name.rpartition(".")[2]
+    if key in _LEAST:
+        values = value if name in _LISTS and isinstance(value, (list, tuple)) else [value]
+        if not all(type(one) is int and one >= _LEAST[key] for one in values):
+            raise _unsupported(name, value, f"it must be a whole number of at least {_LEAST[key]}")
+    elif key in _NUMBERS:
+        is_number = type(value) in (int, float) and math.isfinite(value)
+        if not is_number and not (value is None and default is None):
+            raise _unsupported(name, value, "it must be a finite number")
+    elif isinstance(default, bool) and key != "attentional_pool" and not isinstance(value, bool | None):
+        raise _unsupported(name, value, "it must be true or false")
 
 
 def config_from_open_clip(model_cfg: dict) -> CocaConfig:
@@ -283,6 +310,7 @@ def config_from_open_clip(model_cfg: dict) -> CocaConfig:
     if "embed_dim" not in model_cfg:
         raise ValueError("open_clip config: `embed_dim` is missing.")
     embed_dim = model_cfg["embed_dim"]
+    _check_value("embed_dim", embed_dim, None)
 
     if isinstance(vision["layers"], (list, tuple)):
         raise _unsupported("vision_cfg.layers", vision["layers"], "it is a ResNet; CoCa's pooler needs a ViT")

@@ -212,7 +212,7 @@ def read_json(path: Path) -> dict:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
@@ -272,11 +272,38 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    missing = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(
+            f"{index} must hold a `weight_map` from names of tensors to names of files. Download it again."
+        )
+    names = sorted(set(places.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index} names files outside its folder, which are not opened: {outside[:3]}.")
+    missing = [name for name in names if not (index.parent / name).is_file()]
     if missing or not names:
         raise FileNotFoundError(f"{index} names {len(names)} files, of which these are missing: {missing}.")
     return [index.parent / name for name in names]
+
+
+def check_files(folder: str | Path, only_indices: bool = False) -> None:
+    """Opens the weight files of a folder, or reads only the indices of those in shards.
+
+    Raises:
+        ValueError, FileNotFoundError: One is damaged, missing or outside. The message names it.
+    """
+    folder = Path(folder)
+    for index in sorted(folder.glob("*" + _INDEX_SUFFIX)):
+        if not (folder / index.name.removesuffix(_INDEX_SUFFIX)).is_file():  # which comes first
+            _shards(index)
+    if only_indices:
+        return
+    try:
+        paths = _weight_files(folder)
+    except FileNotFoundError:  # what is not there is not damaged
+        return
+    for path in paths:
+        open_weights(path)
 
 
 def _download(repository: str, revision: str | None, **hub_kwargs) -> Path:

@@ -7,7 +7,7 @@ from transformers_tests.test_configuration_common import ConfigTester
 from modeling_coca import CocaConfig, CocaTextConfig, CocaVisionConfig
 
 SMALL = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 3, "num_attention_heads": 4}
-TEXT = {**SMALL, "num_multimodal_layers": 1, "vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98}
+TEXT = {**SMALL, "num_multimodal_layers": 1, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
 
 
 class CompositeTester:

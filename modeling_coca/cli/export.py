@@ -36,9 +36,10 @@ def export(
     import sys
 
     import modeling_coca
-    from modeling_coca.conversion.convert import check_out, new_folder
+    from modeling_coca.conversion.convert import check_out
     from modeling_coca.hub import export_to_folder
     from modeling_coca.inference.journal import to_json
+    from modeling_coca.saving import new_folder
 
     check_out(out, overwrite)
     opened, processor = _open(model, onnx)

@@ -1,5 +1,6 @@
 """Puts the verbs together. A verb's module imports nothing heavy until its function runs, so `coca --help` is quick."""
 
+import re
 import sys
 
 import typer
@@ -13,6 +14,12 @@ from .export import export
 from .index import index
 from .output import plain
 from .search import search
+
+# On CPUs PyTorch, oneDNN and Python's threads have no exception of their own for it
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|not enough memory|can't start new thread|could not create a primitive|bad_alloc",
+    re.IGNORECASE,
+)
 
 app = typer.Typer(
     name="coca",
@@ -49,3 +56,8 @@ def main() -> None:
         sys.exit(f"coca: {error}: run `pip install {error.name}`." if error.name else f"coca: {error}")
     except (ImportError, OSError, ValueError) as error:
         sys.exit("\n".join(map(plain, f"coca: {error}".splitlines())))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        reason = plain(next(iter(str(error).splitlines()), ""))
+        sys.exit(f"coca: out of memory: use a smaller --batch_size or fewer --num_workers. {reason}".strip())

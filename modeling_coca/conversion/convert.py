@@ -6,11 +6,7 @@ written under a temporary name and renamed at the end, so that there is no half 
 
 import importlib.util
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +20,7 @@ from transformers.utils import is_torchvision_available, logging
 from ..configuration_coca import CocaConfig
 from ..modeling_coca import CocaForConditionalGeneration, CocaModel
 from ..processing_coca import CocaProcessor
+from ..saving import new_folder
 from ..tokenization_coca import CocaTokenizer
 from . import card
 from .families import OwnLayoutError, detect
@@ -327,27 +324,6 @@ def check_out(out: Path, overwrite: bool):
     if not overwrite or not is_model:
         advice = "name another folder, or pass `--overwrite`" if is_model else "name another folder: it holds no model"
         raise FileExistsError(f"{out} exists: {advice}.")
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder under a temporary name beside `out`, which becomes `out` if all goes well and else is removed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    try:
-        yield folder
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-            out.rename(old / out.name)
-            folder.rename(out)
-            shutil.rmtree(old)
-        else:
-            folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_weights(found: Found, folder: Path, dtype: torch.dtype, max_shard_size: str | int):

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 import modeling_coca
 
 from ..pipeline_coca import CocaImageCaptioningPipeline, CocaVisualQuestionAnsweringPipeline
+from ..saving import new_folder
 from .model_card import model_card
 
 PACKAGE = Path(modeling_coca.__file__).parent
@@ -38,7 +40,7 @@ def export_to_folder(
     of model, processor and pipelines, and the entries by which the Auto classes and `pipeline` find it with
     `trust_remote_code=True`. Where the package is installed the folder is opened by the package's code.
 
-    All is written beside the folder first and put in its place when it is complete. Other files in the folder stay.
+    All is written beside the folder first and takes its place when it is complete. Other files in the folder stay.
 
     Args:
         model (`PreTrainedModel`): any model of this package.
@@ -66,9 +68,7 @@ def export_to_folder(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`folder` must be a folder, and {str(folder)!r} is a file.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        written = Path(temporary)
+    with new_folder(folder, keep=lambda name: not any(fnmatch(name, pattern) for pattern in STALE)) as written:
         model.save_pretrained(written, **kwargs)
         modules = _add_model_entries(model, written)
         if processor is not None:
@@ -82,15 +82,6 @@ def export_to_folder(
             card = model_card(model, folder.name, with_code=True)
         if card is not None:
             card.save(written / "README.md")
-
-        folder.mkdir(exist_ok=True)
-        files = sorted(written.iterdir(), key=lambda file: file.name == "config.json")  # that one last
-        for pattern in STALE:
-            for stale in folder.glob(pattern):
-                if not (written / stale.name).exists():
-                    stale.unlink()
-        for file in files:
-            file.replace(folder / file.name)
     return folder
 
 

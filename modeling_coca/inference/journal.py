@@ -1,20 +1,24 @@
 """Output that survives a `kill -9`: every image has one row, whoever was killed whenever, and however many processes run.
 
-Beside the output lies a hidden folder until all is done. Each shard has a journal there, to which the rows of a batch
-are appended; a journal cut off within a line loses that line only. A shard that is complete becomes a part of the
-output: written under a temporary name, renamed, and noted as done. Whoever completes the last shard joins the parts.
+Beside the output lies a hidden folder until all is done. Each shard has a journal there, to which each batch appends its
+rows as one line; a batch whose line was cut off is computed again, as a whole, so that its figures come out the same. A
+shard that is complete becomes a part of the output: written under a temporary name, renamed, and noted as done. Whoever
+completes the last shard joins the parts.
 """
 
 import base64
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+
+from ..saving import new_file, told_if_full, write_file
 
 FORMATS = {".jsonl": "jsonl", ".parquet": "parquet"}
 _PLACE, _EMBEDDING = "_position", "embedding"
@@ -58,16 +62,15 @@ class Journal:
             raise ValueError(f"Delete {self.output} first: several processes cannot `overwrite` it without each other.")
         if overwrite:
             self._clear()
+        if not self.is_complete():
+            self._set_up(json.loads(json.dumps({**settings, "shards": num_shards, "format": self.format})))
         if self.is_complete():
             if process == 0:
+                self._tidy()
                 raise FileExistsError(
                     f"{self.output} is there, and complete. Choose another output, or `overwrite` it."
                 )
             self.mine = range(0)  # the others were faster, and nothing was left to do here
-            return
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._refuse_links()
-        self._check_settings(json.loads(json.dumps({**settings, "shards": num_shards, "format": self.format})))
 
     def is_complete(self) -> bool:
         return (self.work / "complete").exists() if self.is_folder else self.output.exists()
@@ -80,18 +83,55 @@ class Journal:
                 raise ValueError(f"{path} is a link: delete it, or choose another output than {self.output}.")
 
     def _clear(self) -> None:
-        if self.work.is_dir():
+        """Each part after its note: where this is cut off, what is left is a job that is not complete."""
+        if self.is_folder and self.work.is_dir():
+            (self.work / "complete").unlink(missing_ok=True)
             for path in self.parts.glob("part-*"):
+                self._note(int(path.stem.removeprefix("part-"))).unlink(missing_ok=True)
                 path.unlink()
-            shutil.rmtree(self.work)
+        if self.work.is_dir():
+            self._throw_away()
         if not self.is_folder:
             self.output.unlink(missing_ok=True)
 
-    def _check_settings(self, settings: dict[str, Any]) -> None:
+    def _tidy(self) -> None:
+        """Removes what a complete output does not need, at once or after a kill: what is half removed is nowhere read."""
+        if not self.is_folder:
+            self._throw_away()
+        elif not self.work.is_symlink():
+            for path in self.work.iterdir():
+                if path.name not in ("complete", "lock", "settings.json"):
+                    path.unlink(missing_ok=True)
+
+    def _throw_away(self) -> None:
+        """The hidden folder; renamed before, as nobody should take up a job of which a part is gone."""
+        trash = self.work.with_name(f"{self.work.name}.trash")
+        shutil.rmtree(trash, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # an earlier call came so far
+            os.rename(self.work, trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+    def _lock(self) -> IO:
+        """Lets one process on at a time, until the file is closed: the process ends, however it ends."""
+        lock = open(self.work / "lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return lock
+
+    def _set_up(self, settings: dict[str, Any]) -> None:
         path = self.work / "settings.json"
-        if not path.exists():
-            _write(path, json.dumps(settings, indent=2))
-        begun = json.loads(path.read_text())
+        self.work.mkdir(parents=True, exist_ok=True)
+        try:
+            self._refuse_links()
+            with self._lock():
+                if self.is_complete():  # by now
+                    return
+                if not path.exists():
+                    write_file(path, json.dumps(settings, indent=2))
+                begun = json.loads(path.read_text())
+        except FileNotFoundError:  # thrown away by who has completed it
+            if self.is_complete():
+                return
+            raise
         for name in settings:
             if begun.get(name) != settings[name]:
                 raise ValueError(
@@ -121,13 +161,9 @@ class Journal:
         file.seek(0)
         places, end = set(), 0
         for line in file:
-            try:
-                place = json.loads(line)[_PLACE]
-            except ValueError:
-                break
             if not line.endswith(b"\n"):
                 break
-            places.add(place)
+            places.update(row[_PLACE] for row in json.loads(line))
             end += len(line)
         file.truncate(end)
         self._files[shard], self._missing[shard] = file, size - len(places)
@@ -137,13 +173,20 @@ class Journal:
 
     def write(self, shard: int, rows: Sequence[tuple[int, dict[str, Any]]]) -> None:
         """Appends rows, with their places; the embedding of a row is an array."""
-        lines = []
+        batch = []
         for place, row in rows:
             if row.get(_EMBEDDING) is not None:
                 row = {**row, _EMBEDDING: base64.b64encode(row[_EMBEDDING].astype("<f4").tobytes()).decode()}
-            lines.append(json.dumps({_PLACE: place, **row}, ensure_ascii=False) + "\n")
-        self._files[shard].write("".join(lines).encode())
-        self._files[shard].flush()
+            batch.append({_PLACE: place, **row})
+        file = self._files[shard]
+        with told_if_full(file.name):
+            try:
+                file.write((json.dumps(batch, ensure_ascii=False) + "\n").encode())
+                file.flush()
+            except OSError:
+                # Closing it would try again. The half line is cut off when the work is taken up
+                self._files.pop(shard).raw.close()
+                raise
         self._missing[shard] -= len(rows)
         if not self._missing[shard]:
             self._finish(shard)
@@ -152,23 +195,20 @@ class Journal:
         """Journal -> part of the output. Repeated where it was cut off."""
         file = self._files.pop(shard)
         file.seek(0)
-        rows = sorted(map(json.loads, file), key=lambda row: row[_PLACE])
+        rows = sorted((row for line in file for row in json.loads(line)), key=lambda row: row[_PLACE])
         failed = [[row["id"], row["error"]] for row in rows if row.get("error")]
         for row in rows:
             del row[_PLACE]
             if row.get(_EMBEDDING):
                 row[_EMBEDDING] = np.frombuffer(base64.b64decode(row[_EMBEDDING]), "<f4")
-        path = self._part(shard)
-        temporary = path.with_name(f".{path.name}.tmp")
-        if self.format == "parquet":
-            _write_parquet(temporary, rows)
-        else:
-            with open(temporary, "w", encoding="utf-8") as part:
-                for row in rows:
-                    part.write(to_json(row) + "\n")
-        _sync(temporary)
-        os.replace(temporary, path)
-        _write(self._note(shard), json.dumps({"images": len(rows), "failed": failed}))
+        with new_file(self._part(shard)) as temporary:
+            if self.format == "parquet":
+                _write_parquet(temporary, rows)
+            else:
+                with open(temporary, "w", encoding="utf-8") as part:
+                    for row in rows:
+                        part.write(to_json(row) + "\n")
+        write_file(self._note(shard), json.dumps({"images": len(rows), "failed": failed}))
         os.unlink(file.name)
         file.close()
 
@@ -183,23 +223,23 @@ class Journal:
     def close(self) -> dict[str, Any] | None:
         """Joins the parts if all are there. Returns the numbers of the whole job, or `None` while others still work."""
         self.release()
-        if not self.work.is_dir() or not all(map(self.is_done, range(self.num_shards))):
+        if not all(map(self.is_done, range(self.num_shards))):
             return None
-        with open(self.work / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it ends
+        try:
+            lock = self._lock()
+        except FileNotFoundError:  # another process has joined them, and removed the rest
+            return None
+        with lock:
             if self.is_complete():
                 return None
             notes = [json.loads(self._note(shard).read_text()) for shard in range(self.num_shards)]
             failed = [failure for note in notes for failure in note["failed"]]
             if self.is_folder:
-                _write(self.work / "complete", "")
+                write_file(self.work / "complete", "")
             else:
-                temporary = self.output.with_name(f".{self.output.name}.tmp")
-                temporary.unlink(missing_ok=True)  # which may be a link
-                _join([self._part(shard) for shard in range(self.num_shards)], temporary, self.format)
-                _sync(temporary)
-                os.replace(temporary, self.output)
-                shutil.rmtree(self.work)
+                with new_file(self.output) as temporary:
+                    _join([self._part(shard) for shard in range(self.num_shards)], temporary, self.format)
+            self._tidy()
         return {"output": str(self.output), "images": sum(note["images"] for note in notes), "failed": failed}
 
 
@@ -218,17 +258,6 @@ def to_json(row: dict[str, Any]) -> str:
     if row.get(_EMBEDDING) is not None:
         row = {**row, _EMBEDDING: np.round(row[_EMBEDDING].astype(np.float64), 6).tolist()}
     return json.dumps(row, ensure_ascii=False)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:

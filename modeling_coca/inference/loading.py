@@ -116,6 +116,8 @@ class _Images(Dataset):
             try:
                 source, kept = self.shards[ref.shard].read(ref.key)
                 image = open_image(source, self.at_least)
+            except MemoryError as error:  # says nothing of the image: it may well be readable the next time
+                raise MemoryError(f"there was none left to read {ref.id}") from error
             except Exception as error:  # a worker must live on, whatever the file or the decoder came up with
                 batch.errors.append((ref, reason_of(error)))
                 continue
@@ -233,7 +235,15 @@ class ImageLoader:
                     streams.remove(source)
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        return iter(self.loader)
+        try:
+            yield from self.loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise OSError(
+                f"A process that reads images was ended from outside, as when memory runs out ({error}): use fewer "
+                "`num_workers`, or 0."
+            ) from error
 
 
 def _as_is(batch: ImageBatch) -> ImageBatch:

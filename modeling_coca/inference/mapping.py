@@ -74,9 +74,10 @@ def map_images(
     if output is None and num_processes > 1:
         raise ValueError("Give an `output`: several processes have no list of rows to return.")
     begun = {} if output is None or overwrite else begun_settings(output)
+    is_given = "shard_size" in source_kwargs
     source_kwargs.setdefault("shard_size", begun.get("shard_size", 1024))  # whatever the number of processes is now
     shards = open_images(images, **source_kwargs)
-    if not begun and len(shards) < 4 * num_processes > 4:  # too few to share out evenly
+    if not begun and not is_given and len(shards) < 4 * num_processes > 4:  # too few to share out evenly
         number = sum(shard.size or 0 for shard in shards)
         source_kwargs["shard_size"] = max(1, number // (4 * num_processes))
         shards = open_images(images, **source_kwargs)

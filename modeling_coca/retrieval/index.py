@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from modeling_coca.inference import CocaEmbedder, ImageLoader, RowShard, embed_images, load_for_inference
 from modeling_coca.inference.limits import is_inside
+from modeling_coca.saving import told_if_full, write_file
 
 logger = logging.get_logger(__name__)
 
@@ -486,16 +487,15 @@ class CocaIndex:
             self._build()
         data = folder / f"data-{uuid.uuid4().hex[:12]}"
         try:
-            self.dataset.save_to_disk(data)
-            self._faiss.save(data / "index.faiss")
-            np.save(data / "removed.npy", np.array(sorted(self._removed), dtype=np.int64))
-            temporary = folder / f".{data.name}.json"
-            temporary.write_text(json.dumps({"data": data.name, **self._settings()}, indent=2))
-            os.replace(temporary, folder / "index.json")
+            with told_if_full(folder):
+                self.dataset.save_to_disk(data)
+                self._faiss.save(data / "index.faiss")
+                np.save(data / "removed.npy", np.array(sorted(self._removed), dtype=np.int64))
+            write_file(folder / "index.json", json.dumps({"data": data.name, **self._settings()}, indent=2))
         except BaseException:
             shutil.rmtree(data, ignore_errors=True)
             raise
-        for old in folder.glob("data-*"):
+        for old in folder.glob("data-*"):  # those of killed processes, too
             if old != data:
                 shutil.rmtree(old)
 

@@ -9,7 +9,7 @@ from typing import Any
 from .averaging import EmaCallback, interpolate
 from .data_collator import CocaDataCollator
 from .freezing import ParameterCount, count_parameters, freeze, freeze_unused, unfreeze
-from .trainer import ClampLogitScaleCallback, CocaTrainer
+from .trainer import ClampLogitScaleCallback, CocaTrainer, last_checkpoint
 
 # These need `datasets`, which the rest does without
 _WITH_DATASETS = {
@@ -40,6 +40,7 @@ __all__ = [
     "freeze",
     "freeze_unused",
     "interpolate",
+    "last_checkpoint",
     "load_data",
     "unfreeze",
 ]

@@ -10,6 +10,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
+from ..saving import new_file
+
 logger = logging.get_logger(__name__)
 
 _EMA_FILE = "ema.safetensors"
@@ -127,8 +129,13 @@ class EmaCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            save_file({name: value.contiguous() for name, value in self._averages.items()}, folder / _EMA_FILE)
+        if state.is_world_process_zero and folder.is_dir() and not (folder / _EMA_FILE).exists():
+            self.save(folder)
+
+    def save(self, folder: Path) -> None:
+        """Into a checkpoint. [`CocaTrainer`] calls it before the checkpoint counts as complete."""
+        with new_file(folder / _EMA_FILE) as temporary:
+            save_file({name: value.contiguous() for name, value in self._averages.items()}, temporary)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         with torch.no_grad():

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling_coca import run_vision_model
+from ..saving import told_if_full, write_file
 from .data import ImageAugmentation
 
 logger = logging.get_logger(__name__)
@@ -203,10 +204,22 @@ def compute_features(
     jobs = [(image, view) for image in range(len(first_rows)) for view in range(views)]
     on_cpu = vision_model.device.type == "cpu"
     path.parent.mkdir(parents=True, exist_ok=True)
-    key_path.unlink(missing_ok=True)
     unfinished, progress_path = path.with_name(path.name + ".unfinished"), path.with_name(path.name + ".progress")
     progress = _json(progress_path) or {}
-    done = progress.get("done", 0) if progress.get("key") == key and unfinished.is_file() else 0
+    done = progress.get("done", 0) if progress.get("key") == key else 0
+
+    def finish() -> FrozenFeatures:
+        """The key goes before its features and comes after them, and what is done is forgotten last."""
+        if unfinished.is_file():
+            key_path.unlink(missing_ok=True)
+            os.replace(unfinished, path)
+        write_file(key_path, json.dumps(key))
+        progress_path.unlink()
+        return FrozenFeatures(path, image_of_row)
+
+    if done == len(jobs) and (unfinished.is_file() or path.is_file()):
+        return finish()
+    done = done if unfinished.is_file() else 0
     training = vision_model.training
     vision_model.eval()
     try:
@@ -220,6 +233,9 @@ def compute_features(
                 unfinished.unlink(missing_ok=True)  # which may be a link
                 shape = (len(first_rows), views, *_encode(vision_model, pixel_values, feature_layers).shape[1:])
                 array = np.lib.format.open_memmap(unfinished, "w+", np.float16, shape)
+                if hasattr(os, "posix_fallocate"):  # or a full disk would end the process, when a page is written to
+                    with told_if_full(path), open(unfinished, "r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, unfinished.stat().st_size)
             # 16 is the least with which PyTorch hands 1x1 convolutions to oneDNN on one thread
             size = batch_size or max(16, 16 * 128**2 // (pixel_values.shape[-1] * pixel_values.shape[-2]))
             batches = [jobs[start : start + size] for start in range(done, len(jobs), size)]
@@ -229,15 +245,13 @@ def compute_features(
                     bar.update(finished.result())
                 array.flush()
                 done += sum(map(len, batches[start : start + _CHUNK]))
-                _write(progress_path, {"key": key, "done": done})
-        os.replace(unfinished, path)
-        _write(key_path, key)
+                write_file(progress_path, json.dumps({"key": key, "done": done}))
     finally:
         vision_model.train(training)
-        if done in (0, len(jobs)):
+        if not done:
             unfinished.unlink(missing_ok=True)
             progress_path.unlink(missing_ok=True)
-    return FrozenFeatures(path, image_of_row)
+    return finish()
 
 
 @torch.inference_mode()
@@ -321,12 +335,6 @@ def _digest(chunks: Iterable[bytes]) -> str:
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _write(path: Path, content: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)
 
 
 __all__ = ["FeatureDataset", "FrozenFeatures", "compute_features"]

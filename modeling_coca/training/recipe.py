@@ -19,7 +19,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..configuration_coca import CocaConfig
@@ -27,11 +26,13 @@ from ..evaluation.evaluator import missing_column
 from ..image_processing_pil_coca import CocaImageProcessorPil
 from ..modeling_coca import CocaForConditionalGeneration
 from ..processing_coca import CocaProcessor
+from ..saving import new_files, write_file
 from ..tokenization_coca import CocaTokenizer
 from .averaging import EmaCallback
 from .data import ImageAugmentation, SkippedImages, augment, load_data
 from .features import FeatureDataset, compute_features
 from .freezing import count_parameters, freeze
+from .trainer import last_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -379,7 +380,8 @@ def new_processor(
         limit (`int`): rows of a stream that are looked at.
     """
     with training.main_process_first(local=False, desc="tokenizer"):
-        if training.process_index or training.resume_from_checkpoint is not None:
+        is_saved = Path(training.output_dir, "tokenizer_config.json").is_file()  # the last of its files
+        if training.process_index or (training.resume_from_checkpoint is not None and is_saved):
             return CocaProcessor.from_pretrained(training.output_dir, backend="pil")
         tokenizer = CocaTokenizer(model_max_length=max_text_length).train_new_from_iterator(
             texts_of(rows, *columns, limit=limit), vocab_size=vocab_size
@@ -391,7 +393,8 @@ def new_processor(
             image_std=list(image_std),
         )
         processor = CocaProcessor(image_processor, tokenizer)
-        processor.save_pretrained(training.output_dir)
+        with new_files(training.output_dir) as temporary:
+            processor.save_pretrained(temporary)
     return processor
 
 
@@ -440,6 +443,17 @@ def new_model(
 # ---------------------------------------------------------------------------------------------------------------- run
 
 
+def checkpoint_of(training: TrainingArguments) -> str | None:
+    """
+    Where `--resume_from_checkpoint` goes on from: a folder; or, for `True`, the latest complete checkpoint, and where there
+    is none yet, the start: so the same command begins a run and goes on with it.
+    """
+    checkpoint = training.resume_from_checkpoint
+    if checkpoint is None or checkpoint.lower() != "true":
+        return checkpoint
+    return last_checkpoint(training.output_dir)
+
+
 def callbacks_of(arguments: ModelArguments) -> list[TrainerCallback]:
     """Moving average and early stopping, as far as they are asked for."""
     callbacks: list[TrainerCallback] = []
@@ -466,25 +480,31 @@ def run(
         `dict[str, float]`: all figures.
     """
     args = trainer.args
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint is not None and checkpoint.lower() == "true":
-        checkpoint = get_last_checkpoint(args.output_dir)
-    trained = trainer.train(resume_from_checkpoint=checkpoint)
+    trained = trainer.train(resume_from_checkpoint=checkpoint_of(args))
     if after_training is not None:
         after_training()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        processor.save_pretrained(args.output_dir)
-    trainer.save_metrics("train", trained.metrics)
+        with new_files(args.output_dir) as temporary:
+            processor.save_pretrained(temporary)
+
+    def save(split: str, metrics: dict[str, float]) -> None:
+        """As `Trainer.save_metrics`, which a kill could leave with half a file, and which reads it the next time."""
+        if trainer.is_world_process_zero():
+            text = json.dumps(metrics, indent=4, sort_keys=True)
+            write_file(Path(args.output_dir, f"{split}_results.json"), text)
+
+    save("train", trained.metrics)
     figures = dict(trained.metrics)
     if splits.evaluation is not None and len(splits.evaluation):
         evaluated = trainer.evaluate()
-        trainer.save_metrics("eval", evaluated)
+        save("eval", evaluated)
         figures |= evaluated
     if count := len(splits.skipped):
         logger.warning(f"{count} images could not be read and were left out: see {splits.skipped.path}.")
     figures["skipped_images"] = count
-    trainer.save_metrics("data", {"skipped_images": count})
+    save("data", {"skipped_images": count})
+    save("all", figures)
     trainer.save_state()
     logger.info(json.dumps(figures))
     return figures
@@ -497,6 +517,7 @@ __all__ = [
     "Splits",
     "apply_freezing",
     "callbacks_of",
+    "checkpoint_of",
     "image_side",
     "load_model",
     "load_splits",

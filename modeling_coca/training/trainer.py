@@ -3,21 +3,27 @@
 import contextlib
 import copy
 import inspect
+import json
 import math
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, sort_checkpoints
 from transformers.utils import logging
 
 from ..evaluation.evaluator import CocaEvaluator, unwrap
+from ..saving import new_file, new_files, told_if_full
+from .averaging import EmaCallback
 from .data_collator import CocaDataCollator
 
 logger = logging.get_logger(__name__)
@@ -28,6 +34,38 @@ _NO_DECAY = re.compile(
     r"|\.query$"  # but not a projection, "query.weight"
 )
 _COMPONENTS = ("contrastive_loss", "caption_loss")
+
+
+def is_complete(checkpoint: str | os.PathLike) -> bool:
+    """Whether a checkpoint's last file is there and whole; its writing may have been cut off by a kill or a full disk."""
+    try:
+        json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def last_checkpoint(folder: str | os.PathLike) -> str | None:
+    """
+    The latest complete checkpoint of an output folder: `transformers.trainer_utils.get_last_checkpoint` takes the latest,
+    and would go on from half of one.
+
+    Args:
+        folder (`str`): need not exist.
+
+    Example:
+
+    ```python
+    >>> from modeling_coca.training import last_checkpoint
+
+    >>> trainer.train(resume_from_checkpoint=last_checkpoint("output"))  # doctest: +SKIP
+    ```
+    """
+    for path in reversed(sort_checkpoints(os.fspath(folder))):
+        if is_complete(path):
+            return path
+        logger.warning(f"{path} is not complete, as the run that wrote it was killed: it is passed over.")
+    return None
 
 
 class ClampLogitScaleCallback(TrainerCallback):
@@ -134,7 +172,7 @@ class CocaTrainer(Trainer):
         self._train_losses, self._eval_losses = _LossMeans(), _LossMeans()
         self._clock = _Clock()
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
         batch_size = self.args.train_batch_size * self.args.world_size
         filled_up = has_length(self.train_dataset) and len(self.train_dataset) % batch_size != 0
         if (
@@ -150,7 +188,53 @@ class CocaTrainer(Trainer):
                 "`dataloader_drop_last=True` leaves it out, and leaves evaluation whole."
             )
         self._train_losses, self._clock = _LossMeans(), _Clock()
-        return super().train(*args, **kwargs)
+        if isinstance(resume_from_checkpoint, bool) and resume_from_checkpoint:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no complete checkpoint in {self.args.output_dir}.")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        """`Trainer`'s writes `trainer_state.json` last, then deletes older checkpoints: all else must be there before."""
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            if folder.is_dir() and not is_complete(folder):  # of a run that was killed
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            with told_if_full(folder):
+                if self.is_world_process_zero():
+                    for callback in self.callback_handler.callbacks:
+                        if isinstance(callback, EmaCallback):
+                            callback.save(folder)
+                super()._save_checkpoint(model, trial)
+        except Exception:
+            if self.args.should_save and not is_complete(folder):
+                shutil.rmtree(folder, ignore_errors=True)  # makes room, too
+            raise
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # each process has written its own
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Each file is the old one or the new one."""
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        with new_files(output_dir) as temporary:
+            if (card := Path(output_dir, "README.md")).is_file():
+                shutil.copyfile(card, temporary / card.name)  # PEFT adds to it
+            super()._save(os.fspath(temporary), state_dict)
+
+    def save_state(self):
+        if self.is_world_process_zero():
+            with new_file(Path(self.args.output_dir, TRAINER_STATE_NAME)) as temporary:
+                self.state.save_to_json(os.fspath(temporary))
 
     # -------------------------------------------------------------------------------------------------- weight decay
 
@@ -321,4 +405,4 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-__all__ = ["ClampLogitScaleCallback", "CocaTrainer"]
+__all__ = ["ClampLogitScaleCallback", "CocaTrainer", "last_checkpoint"]

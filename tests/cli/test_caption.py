@@ -91,3 +91,13 @@ def test_accelerate_launch_shares_the_images(photos, plain, model_folder, tmp_pa
     assert (settings["shard_size"], settings["shards"]) == (1, 12)  # small ones, so that both have something to do
     rows = list(read_rows(tmp_path / "out"))
     assert [(row["id"], row["caption"]) for row in rows] == [(row["id"], row["caption"]) for row in plain]
+
+
+@pytest.mark.parametrize("error", [MemoryError("there was none left"), RuntimeError("can't allocate memory: 5 bytes")])
+def test_lack_of_memory_costs_a_line(error, coca, photos, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("modeling_coca.inference.caption_images", fail)
+    code, _, err = coca("caption", photos)
+    assert code == 1 and err.startswith("coca: out of memory: use a smaller --batch_size") and str(error) in err

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling_coca import CocaForConditionalGeneration, CocaModel, CocaProcessor, linear_coca
-from modeling_coca.inference import CocaCaptioner, caption_images, captioning, open_images, read_rows
+from modeling_coca.inference import CocaCaptioner, ImageLoader, caption_images, captioning, open_images, read_rows
 from modeling_coca.inference.journal import Journal
 
 
@@ -234,10 +235,11 @@ def test_a_job_that_was_killed_goes_on_where_it_was(quick, photos, model_folder,
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not output.exists()
-    rows_before = [line for path in work.glob("*.jsonl") for line in path.read_bytes().splitlines()]
+    journals = [line for path in work.glob("*.jsonl") for line in path.read_bytes().splitlines(keepends=True)]
+    rows_before = [row for line in journals if line.endswith(b"\n") for row in json.loads(line)]
     assert 0 < len(rows_before) < total
     with open(next(work.glob("shard-*.jsonl")), "ab") as journal:
-        journal.write(rows_before[0][:-9])  # as if it had been killed within a line
+        journal.write(journals[0][:-9])  # as if it had been killed within a line
 
     captioned = []
     call = CocaCaptioner.__call__
@@ -309,3 +311,120 @@ def test_lines_are_json_with_the_text_as_it_is(tmp_path):
 
 def test_shards_of_a_folder_do_not_depend_on_processes(photos):
     assert [shard.size for shard in open_images(photos, shard_size=5)] == [5, 5, 2]
+
+
+def finish(journal, num_shards=2):
+    for shard in range(num_shards):
+        if not journal.is_done(shard) and journal.begin(shard, size=1) == set():
+            journal.write(shard, [(0, {"id": str(shard)})])
+    return journal.close()
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "folder"])
+def test_what_a_kill_at_the_end_leaves_is_removed(name, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "_tidy", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            finish(Journal(tmp_path / name, {}, num_shards=2))
+    with pytest.raises(FileExistsError, match="and complete"):
+        Journal(tmp_path / name, {}, num_shards=2)
+    if name == "folder":
+        assert sorted(path.name for path in (tmp_path / name / ".coca").iterdir()) == [
+            *("complete", "lock", "settings.json")
+        ]
+    else:
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_work_folder_that_is_half_removed_is_not_taken_up(tmp_path, monkeypatch):
+    """It has notes of shards whose parts are gone; and its output may be gone, too, as `coca index` takes it away."""
+
+    def half(folder, *args, **kwargs):
+        if os.path.isdir(folder):
+            next(Path(folder).glob("part-*")).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("modeling_coca.inference.journal.shutil.rmtree", half)
+        with pytest.raises(KeyboardInterrupt):
+            finish(Journal(tmp_path / "out.jsonl", {}, num_shards=2))
+    (tmp_path / "out.jsonl").unlink()
+    assert finish(Journal(tmp_path / "out.jsonl", {}, num_shards=2))["images"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_overwriting_that_was_cut_off_leaves_no_output_that_looks_complete(tmp_path, monkeypatch):
+    finish(Journal(tmp_path / "folder", {}, num_shards=2))
+    unlink, count = Path.unlink, []
+
+    def killed(self, *args, **kwargs):
+        if self.name.startswith("part-"):
+            count.append(self)
+            if len(count) == 2:
+                raise KeyboardInterrupt
+        unlink(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Journal(tmp_path / "folder", {}, num_shards=2, overwrite=True)
+    assert finish(Journal(tmp_path / "folder", {}, num_shards=2))["images"] == 2
+    assert [row["id"] for row in read_rows(tmp_path / "folder")] == ["0", "1"]
+
+
+def test_a_batch_that_was_cut_off_is_computed_again_as_a_whole(tmp_path):
+    """Figures depend on the batch in their last digits."""
+    journal = Journal(tmp_path / "out.jsonl", {}, num_shards=1)
+    journal.begin(0, size=4)
+    journal.write(0, [(0, {"id": "0"}), (1, {"id": "1"})])
+    journal.write(0, [(2, {"id": "2"})])
+    journal.release()
+    path = tmp_path / ".out.jsonl.coca" / "shard-000000.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1][:-1])
+    assert Journal(tmp_path / "out.jsonl", {}, num_shards=1).begin(0, size=4) == {0, 1}
+
+
+def test_a_full_disk_is_told_with_the_file_and_the_work_goes_on(tmp_path):
+    journal = Journal(tmp_path / "out.jsonl", {}, num_shards=2)
+    journal.begin(0, size=2)
+    journal.write(0, [(0, {"id": "0"})])
+    real = journal._files[0]
+    journal._files[0] = full = open("/dev/full", "wb")
+    full_name = full.name
+    with pytest.raises(OSError, match=f"^The disk is full: {full_name} could not be written"):
+        journal.write(0, [(1, {"id": "1"})])
+    journal.release()
+    real.close()
+    again = Journal(tmp_path / "out.jsonl", {}, num_shards=2)
+    assert again.begin(0, size=2) == {0}
+    again.write(0, [(1, {"id": "1"})])
+    assert finish(again)["images"] == 3
+
+
+def test_shards_of_the_asked_for_size_are_resumed_by_several_processes(quick, tmp_path, monkeypatch):
+    """An earlier process had made them smaller, and a later one then refused its own command."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        done = quick(tmp_path / "out.jsonl", source_kwargs={"shard_size": 5})
+    assert done["images"] == 12
+
+
+def test_lack_of_memory_is_no_fault_of_an_image(quick, tmp_path, monkeypatch):
+    def fail(source, at_least=None):
+        raise MemoryError
+
+    monkeypatch.setattr("modeling_coca.inference.loading.open_image", fail)
+    with pytest.raises(MemoryError, match=r"none left to read .*\.png"):
+        quick(tmp_path / "out.jsonl")
+
+
+def test_a_worker_that_was_killed_is_told(photos, processor, monkeypatch):
+    def die(source, at_least=None):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("modeling_coca.inference.loading.open_image", die)
+    loader = ImageLoader(open_images(photos), processor.image_processor, num_workers=1)
+    with pytest.raises(OSError, match=r"ended from outside.*use fewer `num_workers`"):
+        list(loader)

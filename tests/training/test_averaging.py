@@ -95,3 +95,16 @@ def test_frozen_parameters_and_wrong_settings(model, tmp_path):
     changes = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
     with pytest.raises(ValueError, match="leave out one of the two"):
         trainer_of(model, tmp_path, 0.9, **changes).train()
+
+
+def test_a_checkpoint_that_counts_as_complete_has_its_average(model, tmp_path, monkeypatch):
+    """Older checkpoints are deleted when the new one is complete: a kill after that must not cost the average."""
+    rotated = []
+
+    def rotate(**kwargs):
+        found = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
+        rotated.append({"ema.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"} <= found)
+
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", rotate)
+    trainer_of(model, tmp_path, 0.5, max_steps=2, save_strategy="steps", save_steps=2, save_total_limit=1).train()
+    assert rotated == [True]

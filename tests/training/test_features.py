@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -123,6 +125,49 @@ def test_an_interruption_is_gone_on_from(rows, image_processor, model, tmp_path,
     monkeypatch.setattr(features, "_encode", encode)
     whole = compute_features(rows, encoder, image_processor, tmp_path / "b.npy", batch_size=2)
     np.testing.assert_array_equal(found.array, whole.array)
+
+
+@pytest.mark.parametrize("step", ["unlink", "replace"])
+def test_features_that_are_complete_survive_a_kill_at_the_end(
+    step, rows, image_processor, model, tmp_path, monkeypatch
+):
+    """Other features lie there: their key must not come to the new ones, and the new ones not be computed again."""
+    path, encoder = tmp_path / "a.npy", model.model.vision_model
+    compute_features(rows, encoder, image_processor, path)
+    with torch.no_grad():
+        encoder.layers[0].mlp.fc1.bias.add_(1.0)
+    module, name = (Path, "unlink") if step == "unlink" else (features.os, "replace")
+    original = getattr(module, name)
+
+    def killed(first, *args, **kwargs):
+        if Path(first).name == ("a.npy.json" if step == "unlink" else "a.npy.unfinished"):
+            if step == "replace":
+                original(first, *args, **kwargs)
+            raise KeyboardInterrupt
+        return original(first, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            compute_features(rows, encoder, image_processor, path)
+    monkeypatch.setattr(features, "_encode", None)  # would be called if anything were computed
+    found = compute_features(rows, encoder, image_processor, path)
+    monkeypatch.undo()
+    expected = compute_features(rows, encoder, image_processor, tmp_path / "b.npy")
+    np.testing.assert_array_equal(found.array, expected.array)
+    assert sorted(file.name for file in tmp_path.glob("a.npy*")) == ["a.npy", "a.npy.json"]
+
+
+def test_a_full_disk_is_found_before_anything_is_computed(rows, image_processor, model, tmp_path, monkeypatch):
+    """A page of a mapped file without room for it would end the process by a signal."""
+
+    def fail(descriptor, offset, length):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(OSError, match=r"^The disk is full: .*a\.npy could not be written"):
+        compute_features(rows, model.model.vision_model, image_processor, tmp_path / "a.npy")
+    assert not list(tmp_path.glob("a.npy*"))
 
 
 def test_a_failure_at_the_start_leaves_nothing(rows, image_processor, model, tmp_path):

@@ -1,10 +1,12 @@
 import copy
+import errno
 import functools
 import json
 import logging
 import math
 import operator
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -19,7 +21,7 @@ from transformers import Trainer
 
 from modeling_coca import CocaForConditionalGeneration, CocaImageProcessorPil, CocaModel, CocaProcessor, CocaTokenizer
 from modeling_coca.evaluation import RetrievalEvaluator
-from modeling_coca.training import ClampLogitScaleCallback, CocaDataCollator, CocaTrainer, freeze
+from modeling_coca.training import ClampLogitScaleCallback, CocaDataCollator, CocaTrainer, freeze, last_checkpoint
 
 COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0), "white": (255, 255, 255)}
 
@@ -189,7 +191,7 @@ def test_several_processes_are_told_of_batches_that_are_filled_up(
         train_dataset=dataset.select(range(rows)),
     )
     monkeypatch.setattr(type(args), "world_size", 2)
-    monkeypatch.setattr(Trainer, "train", lambda self: None)
+    monkeypatch.setattr(Trainer, "train", lambda self, *args: None)
     monkeypatch.setattr(logging.getLogger("modeling_coca.training.trainer"), "propagate", True)
     trainer.train()
     assert ("batches of 10, so the last one" in caplog.text) == warns
@@ -317,6 +319,64 @@ def test_resumed_training_gives_the_same_weights(tiny_config, arguments, dataset
     resumed, resumed_losses = train("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert resumed_losses == pytest.approx(losses, abs=1e-6)  # those of the checkpoint are loaded with it
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_half_a_checkpoint_is_passed_over_and_written_anew(tiny_config, arguments, dataset, processor, tmp_path):
+    def run(folder, resume=None):
+        torch.manual_seed(1)
+        args = arguments(output_dir=str(folder), max_steps=4, save_strategy="steps", save_steps=2)
+        collator = CocaDataCollator(processor)
+        trainer = CocaTrainer(CocaForConditionalGeneration(tiny_config()), args, collator, train_dataset=dataset)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(tmp_path / "whole").model.state_dict()
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    half = tmp_path / "killed" / "checkpoint-4"
+    for text in (None, '{"global_step": 4, '):  # before the last file, and within it
+        (half / "trainer_state.json").unlink(missing_ok=True)
+        (half / "optimizer.pt").unlink(missing_ok=True)
+        if text is not None:
+            (half / "trainer_state.json").write_text(text)
+        (half / "of_the_killed_run").touch()
+        assert last_checkpoint(tmp_path / "killed") == str(tmp_path / "killed" / "checkpoint-2")
+        resumed = run(tmp_path / "killed", resume=True).model.state_dict()
+        assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+        assert (half / "optimizer.pt").exists() and not (half / "of_the_killed_run").exists()
+        assert last_checkpoint(tmp_path / "killed") == str(half)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        run(tmp_path / "nothing", resume=True)
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_checkpoint(model, arguments, dataset, processor, tmp_path, monkeypatch):
+    def fail(self, output_dir):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    args = arguments(max_steps=2, save_strategy="steps", save_steps=2, output_dir=str(tmp_path / "out"))
+    trainer = CocaTrainer(model, args, CocaDataCollator(processor), train_dataset=dataset)
+    monkeypatch.setattr(CocaTrainer, "_save_optimizer_and_scheduler", fail)
+    with pytest.raises(OSError, match=r"^The disk is full: .*/checkpoint-2 could not be written"):
+        trainer.train()
+    assert not (tmp_path / "out" / "checkpoint-2").exists()
+
+
+def test_a_saved_model_has_whole_files_whenever_it_is_killed(
+    model, arguments, dataset, processor, tmp_path, monkeypatch
+):
+    args = arguments(output_dir=str(tmp_path / "out"))
+    trainer = CocaTrainer(model, args, CocaDataCollator(processor), train_dataset=dataset)
+    trainer.save_model()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def fail(self, folder, **kwargs):
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CocaForConditionalGeneration, "save_pretrained", fail)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_model()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 @pytest.mark.parametrize("trainer_class", [Trainer, CocaTrainer])

@@ -430,7 +430,7 @@ def _parquet_shards(path: str, shard_size: int, options: dict[str, Any]) -> list
 
     try:
         schema, num_rows = _parquet_file(path).schema_arrow, _row_group_starts(path)[-1]
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is no Parquet file ({error}).") from error
     types = {
         field.name: field.type.value_type if pa.types.is_dictionary(field.type) else field.type for field in schema
@@ -453,11 +453,16 @@ def _parquet_shards(path: str, shard_size: int, options: dict[str, Any]) -> list
 
 
 def _table_rows(path: str, suffix: str, options: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        if suffix == ".jsonl":
-            rows = [json.loads(line) for line in file if line.strip()]
-        else:
-            rows = list(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","))
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            if suffix == ".jsonl":
+                rows = [json.loads(line) for line in file if line.strip()]
+            else:
+                rows = list(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","))
+    except (ValueError, RecursionError, csv.Error) as error:  # no JSON, no UTF-8, no CSV
+        raise ValueError(f"{path} cannot be read as a table: {error}.") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} must hold one JSON object a line.")
     if not rows:
         raise ValueError(f"{path} has no rows below its header.")
     column = _choose_column([], list(rows[0]), options["image_column"], path)
@@ -468,6 +473,8 @@ def _table_rows(path: str, suffix: str, options: dict[str, Any]) -> list[tuple[s
     for number, row in enumerate(rows, 1):
         if not row.get(column):
             raise ValueError(f"{path}: row {number} has no image in column {column!r}.")
+        if not isinstance(row[column], str):
+            raise ValueError(f"{path}: row {number} has no path in column {column!r}, but {row[column]!r}.")
         image = os.path.join(folder, row[column])
         found.append((str(row[id_column]) if id_column else image, image, {name: row.get(name) for name in keep}))
     return found

@@ -1,13 +1,16 @@
 """Images with captions from where they lie: the Hub, folders, parquet, CSV, JSON, WebDataset shards."""
 
 import functools
+import glob
 import hashlib
 import io
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,8 +77,12 @@ class SkippedImages:
         """Each of them once, those of other processes included where there is a file."""
         found = dict(self._entries)
         if self.path is not None and self.path.is_file():
-            for entry in map(json.loads, self.path.read_text(encoding="utf-8").splitlines()):
-                found[entry["split"], entry["image"]] = entry["error"]
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    entry = json.loads(line)
+                    found[entry["split"], entry["image"]] = entry["error"]
+                except (ValueError, TypeError, KeyError):  # cut off by a kill; another epoch adds it again
+                    continue
         return [{"split": split, "image": image, "error": error} for (split, image), error in found.items()]
 
     def __len__(self) -> int:
@@ -159,7 +166,10 @@ def load_data(
         builder, options, folders = _describe(files)
         root = folders[0] if len(folders) == 1 else ""
         roots = [folder or "." for folder in folders]
-        data = datasets.load_dataset(builder, data_files=files, streaming=streaming, **options)
+        for path in (path for paths in files.values() for path in paths):
+            _check_begin(path, builder)
+        with _explained(files):
+            data = datasets.load_dataset(builder, data_files=files, streaming=streaming, **options)
     elif any((Path(name) / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
         if streaming:
             raise ValueError(f"{name} was written by `save_to_disk` and is mapped from there: leave out `streaming`.")
@@ -167,7 +177,8 @@ def load_data(
         data = datasets.load_from_disk(str(name))
         data = data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict({"train": data})
     else:
-        data = datasets.load_dataset(str(name), config_name, streaming=streaming)
+        with _explained(name):
+            data = datasets.load_dataset(str(name), config_name, streaming=streaming)
         if Path(name).is_dir():
             roots, own = [root_of(str(name))], os.path.join(os.path.abspath(name), "")
         else:
@@ -176,15 +187,58 @@ def load_data(
     clean = {}
     for split, rows in data.items():
         if rows.features is None:  # a stream that says nothing of itself: look at its beginning
-            rows = rows._resolve_features()
+            with _explained(data_files or name):
+                rows = rows._resolve_features()
         if image_column not in rows.features:
             raise ValueError(missing_column(image_column, "image_column", rows.features))
+        if not _may_hold_images(rows.features[image_column]):
+            raise ValueError(
+                f"Column {image_column!r} (`image_column`) of {split!r} holds {rows.features[image_column]!r}: it must be of "
+                "images, their bytes, or paths."
+            )
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
         if streaming:
             clean[split] = _readable_stream(rows, split, image_column, place, shuffle_buffer, seed, skipped)
         else:
             clean[split] = _readable_rows(rows, split, image_column, place, num_proc, skipped)
     return datasets.IterableDatasetDict(clean) if streaming else datasets.DatasetDict(clean)
+
+
+def _may_hold_images(feature: Any) -> bool:
+    if isinstance(feature, datasets.Value):
+        return feature.dtype.removeprefix("large_") in ("string", "binary")
+    return isinstance(feature, datasets.Image) or (isinstance(feature, Mapping) and set(feature) <= {"bytes", "path"})
+
+
+# Of Arrow, pandas and tarfile
+_UNREADABLE = (ValueError, OSError, NotImplementedError, StopIteration, tarfile.TarError)
+
+
+@contextmanager
+def _explained(where: Any) -> Iterator[None]:
+    """What `datasets`, pandas and Arrow say of a file that they cannot read, as an error that names it."""
+    try:
+        yield
+    except (FileNotFoundError, ConnectionError):
+        raise
+    except (*_UNREADABLE, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        why = "it has no rows" if isinstance(cause, StopIteration) else cause
+        raise ValueError(f"{where} cannot be read: {why}. Correct the file, or leave it out.") from error
+
+
+def _check_begin(path: str, builder: str) -> None:
+    """JSON that begins with neither an object nor a list is none of a table; of some, Arrow ends the process."""
+    if "://" in path:
+        return
+    files = glob.glob(path, recursive=True)
+    if not files:
+        raise FileNotFoundError(f"No file matches {path}.")
+    for file in files if builder == "json" else []:
+        with open(file, "rb") as opened:
+            begin = opened.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        if begin not in (b"{", b"["):
+            raise ValueError(f"{file} is no table in JSON: it must hold an object a line, or a list of objects.")
 
 
 def _builder_of(path: str) -> str | None:
@@ -239,8 +293,9 @@ def _read(cell: Mapping[str, Any] | None, place: _Place) -> tuple[Image.Image | 
         return None, re.sub(r" <_io\.BytesIO.*?>", "", f"{type(error).__name__}: {error}")
 
 
-def _errors(cells: Sequence[Mapping[str, Any] | None], place: _Place) -> dict[str, list[str | None]]:
-    return {"error": [_read(cell, place)[1] for cell in cells]}
+def _errors(cells: Sequence[Mapping[str, Any] | None], place: _Place) -> dict[str, list[Any]]:
+    is_path = [cell is not None and cell.get("bytes") is None for cell in cells]
+    return {"error": [_read(cell, place)[1] for cell in cells], "is_path": is_path}
 
 
 def _name_of(cell: Mapping[str, Any] | None, others: Mapping[str, Any]) -> str:
@@ -258,17 +313,18 @@ def _readable_rows(
     rows: "datasets.Dataset", split: str, image_column: str, place: _Place, num_proc: int | None, skipped: SkippedImages
 ) -> "datasets.Dataset":
     cells = rows.select_columns([image_column])
-    errors = cells.map(
+    looked = cells.map(
         _errors,
         input_columns=image_column,
         fn_kwargs={"place": place},
         batched=True,
         batch_size=64,
         remove_columns=[image_column],
-        features=datasets.Features({"error": datasets.Value("string")}),
+        features=datasets.Features({"error": datasets.Value("string"), "is_path": datasets.Value("bool")}),
         num_proc=num_proc,
         desc=f"Looking through the images of {split}",
-    )["error"][:]
+    )
+    errors = looked["error"][:]
     kept = [row for row, error in enumerate(errors) if error is None]
     for row, error in enumerate(errors):
         if error is not None:
@@ -278,7 +334,7 @@ def _readable_rows(
     if len(kept) < len(errors):
         logger.warning(f"{len(errors) - len(kept)} of {len(errors)} images of {split!r} are left out.")
         rows = rows.select(kept)
-    if place.root and any(cell is not None and cell["bytes"] is None for cell in cells[:1][image_column]):
+    if place.root and any(looked["is_path"][:]):
         rows = rows.map(
             lambda cell: {image_column: _located(cell, place.root)},
             input_columns=image_column,

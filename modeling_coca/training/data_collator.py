@@ -2,7 +2,7 @@
 
 import random
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -101,6 +101,8 @@ class CocaDataCollator:
         self._epoch[0] = epoch
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if not rows:
+            raise ValueError("There are no rows to make a batch of: `rows` is empty.")
         batch = self._images(rows)
         texts = [self._caption(row) for row in rows]
         if self.prefix_column is None:
@@ -114,9 +116,10 @@ class CocaDataCollator:
         if self.image_hidden_states_column is not None:
             column = self.image_hidden_states_column
             features = [_value_of(row, column, "image_hidden_states_column") for row in rows]
-            return {"image_hidden_states": stack_arrays(features)}
+            return {"image_hidden_states": _stack(features, column)}
         if "pixel_values" in rows[0]:
-            return {"pixel_values": stack_arrays([_value_of(row, "pixel_values", "image_column") for row in rows])}
+            values = [_value_of(row, "pixel_values", "image_column") for row in rows]
+            return {"pixel_values": _stack(values, "pixel_values")}
         images = [_value_of(row, self.image_column, "image_column") for row in rows]
         return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
 
@@ -124,11 +127,14 @@ class CocaDataCollator:
         captions = _value_of(row, self.text_column, "text_column")
         if isinstance(captions, str):
             return captions
-        captions = list(captions)
+        given = captions
+        captions = (
+            [] if isinstance(captions, (bytes, Mapping)) or not isinstance(captions, Iterable) else list(captions)
+        )
         if not captions or not all(isinstance(caption, str) for caption in captions):
             raise ValueError(
                 f"Column {self.text_column!r} (`text_column`) must hold a caption or a list of captions, got "
-                f"{captions!r}: filter such rows out."
+                f"{given!r}: filter such rows out."
             )
         if self.caption_choice == "first":
             return captions[0]
@@ -187,6 +193,16 @@ class CocaDataCollator:
         if len(text_ids) > limit - 1:
             text_ids = [*text_ids[: limit - 2], eos]
         return prefix_ids[: limit - len(text_ids)], text_ids
+
+
+def _stack(values: Sequence[Any], column: str) -> torch.Tensor:
+    try:
+        return stack_arrays(values)
+    except (ValueError, TypeError, RuntimeError) as error:
+        shapes = sorted({str(tuple(getattr(value, "shape", ()))) for value in values})
+        raise ValueError(
+            f"Column {column!r} must hold arrays of numbers of one shape, got the shapes {', '.join(shapes)} ({error})."
+        ) from error
 
 
 def _value_of(row: Mapping[str, Any], column: str, field_name: str, optional: bool = False) -> Any:

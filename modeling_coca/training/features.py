@@ -47,7 +47,10 @@ class FrozenFeatures:
 
     def __init__(self, path: str | os.PathLike[str], image_of_row: np.ndarray):
         self.path, self.image_of_row = Path(path), image_of_row
-        self.array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        try:
+            self.array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it, and the features are computed again.") from error
 
     def __len__(self) -> int:
         return len(self.image_of_row)
@@ -334,7 +337,10 @@ def _digest(chunks: Iterable[bytes]) -> str:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError:  # damaged: as good as none
+        return None
 
 
 __all__ = ["FeatureDataset", "FrozenFeatures", "compute_features"]

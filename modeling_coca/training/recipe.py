@@ -173,6 +173,11 @@ def load_splits(data: DataArguments, training: TrainingArguments, **columns: str
         raise ValueError("Name the data by either `--dataset_name` or `--train_files`.")
     if data.streaming and training.max_steps <= 0:
         raise ValueError("A stream has no length: give `--max_steps`.")
+    if not 0 <= data.eval_share < 1:
+        raise ValueError(f"`--eval_share` is a share and must lie in [0, 1), got {data.eval_share}.")
+    for name in ("max_train_samples", "max_eval_samples"):
+        if (value := getattr(data, name)) is not None and value < 1:
+            raise ValueError(f"`--{name}` must be at least 1, got {value}.")
     with training.main_process_first(local=False, desc="data"):
         skipped = SkippedImages(Path(training.output_dir) / "skipped_images.jsonl", resume=training.process_index > 0)
         options = {
@@ -201,6 +206,11 @@ def load_splits(data: DataArguments, training: TrainingArguments, **columns: str
         elif eval_split is None and not data.eval_share:
             evaluation = None
         elif eval_split is None:
+            if len(train) < 2:
+                raise ValueError(
+                    f"There are {len(train)} rows to train on, of which none can be split off to evaluate on: add rows, or "
+                    "`--eval_share 0`."
+                )
             parts = train.train_test_split(data.eval_share, seed=training.seed)
             train, evaluation = parts["train"], parts["test"]
         else:
@@ -213,6 +223,8 @@ def load_splits(data: DataArguments, training: TrainingArguments, **columns: str
         for argument, column in columns.items():
             if column not in known:
                 raise ValueError(missing_column(column, f"--{argument}", known))
+            if evaluation and column not in (names := getattr(evaluation, "column_names", None) or evaluation[0]):
+                raise ValueError("Of the rows to evaluate on: " + missing_column(column, f"--{argument}", names))
         if not data.streaming:
             train, evaluation = (rows and _name_labels(rows, data.text_column) for rows in (train, evaluation))
     return Splits(train, evaluation, skipped)
@@ -481,6 +493,10 @@ def run(
     """
     args = trainer.args
     trained = trainer.train(resume_from_checkpoint=checkpoint_of(args))
+    if not trainer.state.global_step:
+        raise ValueError(
+            "Not one step was trained, as there was not one row: see the warnings above, and name other data."
+        )
     if after_training is not None:
         after_training()
     trainer.save_model()

@@ -154,11 +154,13 @@ def open_weights(path: Path) -> Mapping[str, torch.Tensor]:
     if head.startswith(b"PK") and not is_zip:
         raise ValueError(f"{path} ({size:,} bytes) is cut off: the end of the file is missing. Download it again.")
     if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            if packed := [part for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]:
-                raise ValueError(
-                    f"{path} is compressed, which `torch.save` never does: {packed[0].filename} could be of any size."
-                )
+        try:
+            with zipfile.ZipFile(path) as archive:
+                packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
+        except Exception as error:  # of the list of what is in it
+            raise ValueError(f"{path} ({size:,} bytes) is damaged: {error}. Download it again.") from error
+        if packed:
+            raise ValueError(f"{path} is compressed, which `torch.save` never does: {packed[0]} could be of any size.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # whatever bytes can do to an unpickler

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from transformers.utils import logging
 
 from ..saving import new_file, told_if_full, write_file
+
+logger = logging.get_logger(__name__)
 
 FORMATS = {".jsonl": "jsonl", ".parquet": "parquet"}
 _PLACE, _EMBEDDING = "_position", "embedding"
@@ -163,7 +166,10 @@ class Journal:
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            places.update(row[_PLACE] for row in json.loads(line))
+            if (found := _places(line)) is None or not places.isdisjoint(found) or not found <= set(range(size)):
+                logger.warning(f"{path} is damaged: its images from byte {end:,} on are done again.")
+                break
+            places |= found
             end += len(line)
         file.truncate(end)
         self._files[shard], self._missing[shard] = file, size - len(places)
@@ -241,6 +247,17 @@ class Journal:
                     _join([self._part(shard) for shard in range(self.num_shards)], temporary, self.format)
             self._tidy()
         return {"output": str(self.output), "images": sum(note["images"] for note in notes), "failed": failed}
+
+
+def _places(line: bytes) -> set[int] | None:
+    """The places of the rows of a batch, or `None` if a damaged disk left none of them."""
+    try:
+        rows = json.loads(line)
+        places = [row[_PLACE] for row in rows if isinstance(row["id"], str)]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    is_fine = len(places) == len(rows) == len(set(map(repr, places))) and all(type(place) is int for place in places)
+    return set(places) if is_fine else None
 
 
 def _work_folder(output: Path) -> Path:

@@ -461,6 +461,8 @@ def _table_rows(path: str, suffix: str, options: dict[str, Any]) -> list[tuple[s
                 rows = list(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","))
     except (ValueError, RecursionError, csv.Error) as error:  # no JSON, no UTF-8, no CSV
         raise ValueError(f"{path} cannot be read as a table: {error}.") from error
+    for row in rows if suffix != ".jsonl" else []:
+        row.pop(None, None)  # cells beyond the header's
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} must hold one JSON object a line.")
     if not rows:

@@ -16,7 +16,8 @@ frozen encoder, one CPU core, test accuracy:
         --per_device_train_batch_size 256 --attn_implementation eager --bf16 True --use_cpu True
 
     99.95 % after 6 epochs (about 6 minutes, in two parts), and 94.9 % after 3: yes-or-no questions about colours, as "is there a blue shape?", come
-    last. With the model's own dropout of 0.1, 4 epochs: 94.4 %, and 95.6 % with --form classify.
+    last. The same with --form classify: 87.2, 94.6, 98.8, 99.95, 99.99 and 99.99 % after epochs 1 to 6 (679 s beside other work). With the model's own
+    dropout of 0.1, 4 epochs: 94.4 %, and 95.6 % with --form classify --learning_rate 1e-3.
 """
 
 from collections import Counter

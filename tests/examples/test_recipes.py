@@ -14,6 +14,7 @@ import datasets
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from modeling_coca import (
     CocaForConditionalGeneration,
@@ -23,6 +24,7 @@ from modeling_coca import (
     CocaVisionConfig,
     CocaVisionModel,
 )
+from modeling_coca.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 EMOJI = ROOT / "tests" / "fixtures" / "emoji"
@@ -187,6 +189,56 @@ def test_train_frozen_encoder(pretrained, tmp_path):
     model = CocaForConditionalGeneration.from_pretrained(tmp_path / "out")
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, model.model.vision_model.state_dict()[name])
+
+
+@pytest.mark.parametrize("has_captions", [True, False])
+def test_from_an_open_clip_checkpoint_to_ones_own_pictures(has_captions, tmp_path):
+    """The commands that docs/training.md begins with, on pictures with captions, or sorted into a folder a class."""
+    open_clip = pytest.importorskip("open_clip.coca_model")
+    small = {"width": 32, "heads": 2, "layers": 1}
+    model_cfg = {
+        "embed_dim": 32,
+        "vision_cfg": {
+            **{"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1},
+            **{"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+        },
+        "text_cfg": {**small, "context_length": 76, "vocab_size": 49408, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {**small, "context_length": 76, "vocab_size": 49408, "attn_pooler_heads": 2},
+    }
+    source = tmp_path / "source"
+    source.mkdir()
+    preprocess_cfg = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
+    (source / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": {**model_cfg, "custom_text": True}, "preprocess_cfg": preprocess_cfg})
+    )
+    theirs = open_clip.CoCa(**model_cfg)
+    torch.nn.init.normal_(theirs.text_decoder.text_projection, std=0.1)  # open_clip leaves what the memory held
+    torch.save(theirs.state_dict(), source / "open_clip_pytorch_model.bin")
+    pictures = tmp_path / "pictures"
+    rows = [json.loads(line) for line in (EMOJI / "train" / "metadata.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        folder = pictures if has_captions else pictures / ("tumor", "normal")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(EMOJI / "train" / row["file_name"], folder)
+    if has_captions:
+        lines = [f"{row['file_name']},{row['text'][0]}" for row in rows]
+        (pictures / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
+
+    def coca(*arguments):
+        result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    coca("convert", source, tmp_path / "start")
+    more = ["--model_name_or_path", tmp_path / "start", "--freeze", "vision_model", "--eval_share", "0.2"]
+    if not has_captions:
+        more += ["--text_column", "label", "--caption_templates", "a histology image of {} tissue."]
+    tuned = tmp_path / "tuned"
+    figures = script("finetune_captioning").main([*arguments(tuned, *more)[2:], "--dataset_name", str(pictures)])
+    assert figures["train_loss"] > 0 and "eval_cider_d" in figures and "eval_i2t_r1" in figures
+    assert coca("caption", pictures, "-m", tuned).count(".png") == len(rows)
+    coca("index", pictures, "-o", tmp_path / "pictures.index", "-m", tuned)
+    assert coca("search", tmp_path / "pictures.index", "normal tissue", "-m", tuned, "-k", 2).count(".png") == 2
 
 
 def test_it_runs_as_a_command_and_wrong_arguments_are_named(tmp_path):

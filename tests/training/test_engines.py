@@ -121,14 +121,16 @@ def test_accelerate_takes_the_config(path, monkeypatch):
 
 
 ZERO = """
-import copy
+import copy, faulthandler, sys
 import deepspeed, torch
 import torch.distributed as dist
-from test_distributed import make_batch, rows_of
-from modeling_coca import CocaConfig, CocaForConditionalGeneration
+from test_distributed import evaluate, evaluators, make_batch, rows_of
+from modeling_coca import CocaConfig, CocaForConditionalGeneration, CocaProcessor
 from train_rows import TINY_CONFIG
 
+faulthandler.dump_traceback_later(540, exit=True)
 torch.set_num_threads(1)
+processor = CocaProcessor.from_pretrained(sys.argv[1])
 deepspeed.init_distributed("gloo")
 batch = {name: value.float() if value.is_floating_point() else value for name, value in make_batch(8).items()}
 for stage in (1, 2, 3):
@@ -147,7 +149,7 @@ for stage in (1, 2, 3):
         }
         client = torch.optim.SGD(model.parameters(), lr=0.02)
         engine = deepspeed.initialize(model=model, optimizer=client, config=config)[0]
-        for _ in range(3):
+        for step in range(3):
             optimizer.zero_grad()
             expected = one(**batch).loss
             expected.backward()
@@ -158,6 +160,13 @@ for stage in (1, 2, 3):
             mean = loss.detach().clone()
             dist.all_reduce(mean)
             torch.testing.assert_close(mean / 2, expected.detach(), rtol=1e-4, atol=1e-4)
+            if step == 1 and not kwargs:
+                whole = copy.deepcopy(one)  # with the same weights to the bit
+                for parameter, other in zip(whole.parameters(), model.parameters(), strict=True):
+                    with deepspeed.zero.GatheredParameters([other], enabled=stage == 3):
+                        parameter.data.copy_(other)
+                some = evaluators(processor)
+                assert evaluate(some, engine, shared=True) == evaluate(some, whole)
         if dist.get_rank() == 0:
             print("EQUAL", stage, kwargs, flush=True)
 """
@@ -165,12 +174,11 @@ for stage in (1, 2, 3):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
-def test_zero_trains_as_one_process(tmp_path):
+def test_zero_trains_and_evaluates_as_one_process(tmp_path, model_folder):
     (tmp_path / "zero.py").write_text(ZERO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     path = os.pathsep.join([str(ROOT), str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
-        [*command, str(tmp_path / "zero.py")],
+        [*TORCHRUN, str(tmp_path / "zero.py"), str(model_folder)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,

@@ -3,6 +3,8 @@
 Everything else is transformers' own generation. The hooks stand in the order in which `generate` calls them.
 """
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
@@ -46,9 +48,42 @@ def has_image(cache: Cache | None) -> bool:
 
 
 def check_one_image_input(**inputs: torch.Tensor | None) -> None:
+    """At most one, and that a tensor of floats. NaN are looked for by the image processor: here it would wait for the GPU."""
     given = [name for name, value in inputs.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"Give one of {', '.join(f'`{name}`' for name in given)}: each stands for the image.")
+    for name in given:
+        value = inputs[name]
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f'`{name}` must be a tensor, got {type(value).__name__}: call the processor with `return_tensors="pt"`.'
+            )
+        if not value.is_floating_point():
+            raise ValueError(f"`{name}` must be floats as the image processor makes them, got {value.dtype}.")
+
+
+def check_texts(texts: torch.Tensor, name: str, ndim: int) -> None:
+    """`input_ids` (B, T) or `inputs_embeds` (B, T, D) must be a tensor of that shape, with something in it."""
+    if not isinstance(texts, torch.Tensor):
+        raise ValueError(
+            f'`{name}` must be a tensor, got {type(texts).__name__}: call the processor with `return_tensors="pt"`.'
+        )
+    if texts.ndim != ndim or 0 in texts.shape:
+        shape = "(batch, tokens)" if ndim == 2 else "(batch, tokens, width)"
+        raise ValueError(f"`{name}` must have shape {shape} with a token in it, got {tuple(texts.shape)}.")
+    if ndim == 2 and (texts.is_floating_point() or texts.dtype == torch.bool):
+        raise ValueError(f"`{name}` must be token ids (integers), got {texts.dtype}.")
+
+
+def check_cache(cache: Cache | None, batch_size: int) -> None:
+    """Keys and values that are there must be those of as many texts."""
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    keys = getattr(cache.layers[0], "keys", None) if cache is not None and len(cache.layers) else None
+    if keys is not None and keys.ndim == 4 and keys.shape[0] != batch_size:
+        raise ValueError(
+            f"The cache (`{CACHE_NAME}`) holds {keys.shape[0]} texts, `input_ids` are {batch_size}: each text continues its own."
+        )
 
 
 def check_image_tokens(
@@ -63,7 +98,7 @@ def check_image_tokens(
         return
     if encoder_hidden_states is None:
         raise ValueError("No image: give `pixel_values`, `image_hidden_states` or `encoder_hidden_states`.")
-    if encoder_hidden_states.ndim != 3 or encoder_hidden_states.shape[-1] != width:
+    if encoder_hidden_states.ndim != 3 or encoder_hidden_states.shape[-1] != width or 0 in encoder_hidden_states.shape:
         raise ValueError(
             f"`encoder_hidden_states` must have shape (batch, image tokens, {width}), got "
             f"{tuple(encoder_hidden_states.shape)}."
@@ -71,6 +106,20 @@ def check_image_tokens(
     images, rows = encoder_hidden_states.shape[0], texts.shape[0]
     if rows % images or (one_text_each and rows != images):
         raise ValueError(f"There are {images} images for {rows} texts (`input_ids`): each text needs its image.")
+
+
+def check_mask(attention_mask: Any, batch_size: int, length: int, cache: Cache | None) -> None:
+    """A mask of four dimensions, and those by name, are the caller's own."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim == 4:
+        return
+    past = 0 if cache is None else cache.get_seq_length()
+    fits = attention_mask.ndim == 2 and attention_mask.shape[0] == batch_size
+    if not fits or (isinstance(past, int) and attention_mask.shape[1] != past + length):
+        cached = f" with the {past} tokens in the cache" if cache is not None and past else ""
+        raise ValueError(
+            f"`attention_mask` must have the shape of `input_ids`{cached}, which is ({batch_size}, {past + length}), got "
+            f"{tuple(attention_mask.shape)}."
+        )
 
 
 def real_tokens(input_ids: torch.LongTensor, pad_token_id: int | None) -> torch.BoolTensor:
@@ -181,10 +230,14 @@ class CocaGenerationMixin(GenerationMixin):
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         if "null_image_tokens" in model_kwargs:  # the size of the batch is that of the first tensor
             model_kwargs["null_image_tokens"] = model_kwargs.pop("null_image_tokens")
-        if inputs is not None and inputs.ndim in (4, 5) and model_kwargs.get("pixel_values") is None:
+        is_image = isinstance(inputs, torch.Tensor) and (inputs.ndim in (4, 5) or inputs.is_floating_point())
+        if is_image and model_kwargs.get("pixel_values") is None:
             inputs, model_kwargs = None, {"pixel_values": inputs, **model_kwargs}  # generate(pixel_values)
         inputs, input_name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         cache = model_kwargs.get(CACHE_NAME)
+        if input_name == "input_ids":
+            check_texts(inputs, "input_ids", 2)
+            check_cache(cache, inputs.shape[0])
         if input_name == "input_ids" and (cache is None or cache.get_seq_length() == 0):
             inputs, model_kwargs["attention_mask"] = self._prepare_prompt(inputs, model_kwargs.get("attention_mask"))
         return inputs, input_name, model_kwargs
@@ -213,7 +266,21 @@ class CocaGenerationMixin(GenerationMixin):
         ends_in_eos = is_eos & (real.sum(dim=-1, keepdim=True) > 1)
         real = real & ~(ends_in_eos & (columns == last))
         order = real.long().argsort(dim=-1, stable=True)  # padding to the left, tokens in their order
-        first = int(input_ids.shape[1] - real.sum(dim=-1).max())
+        lengths, tokens = real.sum(dim=-1), input_ids.masked_fill(~real, 0)
+        # Read in one go, as a GPU is waited for. An id that is not there would break it for good
+        longest, shortest, low, high = torch.stack([lengths.max(), lengths.min(), tokens.min(), tokens.max()]).tolist()
+        if shortest == 0:
+            raise ValueError(
+                f"`input_ids` have no token in row {int(lengths.argmin())}, only padding: a caption starts with "
+                f"`bos_token_id` ({self.config.text_config.bos_token_id})."
+            )
+        if low < 0 or high >= self.config.text_config.vocab_size:
+            raise ValueError(
+                f"`input_ids` hold {low if low < 0 else high}, and `text_config.vocab_size` is "
+                f"{self.config.text_config.vocab_size}: use the tokenizer that came with the model, or "
+                "`resize_token_embeddings`."
+            )
+        first = input_ids.shape[1] - longest
         real = real.gather(1, order)[:, first:]
         input_ids = input_ids.gather(1, order)[:, first:]
         if self.generation_config.pad_token_id is not None:
@@ -233,7 +300,16 @@ class CocaGenerationMixin(GenerationMixin):
         images = {k: model_kwargs.pop(k, None) for k in ("pixel_values", "image_hidden_states")}
         interpolate_pos_encoding = model_kwargs.pop("interpolate_pos_encoding", False)
         check_one_image_input(**images, encoder_hidden_states=model_kwargs.get("encoder_hidden_states"))
-        if generation_config.guidance_scale not in (None, 1) and model_kwargs.get("null_image_tokens") is None:
+        for name in ("num_beams", "num_return_sequences"):
+            value = getattr(generation_config, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        scale = generation_config.guidance_scale
+        if scale is None and model_kwargs.get("null_image_tokens") is not None:
+            raise ValueError("`null_image_tokens` are for guidance: give a `guidance_scale` too.")
+        if scale is not None and not (isinstance(scale, (int, float)) and 0 <= scale < float("inf")):
+            raise ValueError(f"`guidance_scale` must be a number from 0 (the null image alone) upwards, got {scale!r}.")
+        if scale not in (None, 1) and model_kwargs.get("null_image_tokens") is None:
             model_kwargs["null_image_tokens"] = self.get_null_image_tokens(
                 images["pixel_values"], interpolate_pos_encoding
             )

@@ -24,7 +24,7 @@ from transformers.utils import TensorType, logging
 logger = logging.get_logger(__name__)
 
 _RESIZE_MODES = ("shortest", "longest", "squash")
-_MAX_RESIZED_PIXELS = 2**28  # 800 MB of RGB; only an image thousands of times as long as wide gets there
+_MAX_RESIZED_PIXELS = 2**26  # 270 MB in PIL; only an image a thousand times as long as wide gets there
 
 
 class CocaImageProcessorKwargs(ImagesKwargs, total=False):
@@ -38,6 +38,59 @@ class CocaImageProcessorKwargs(ImagesKwargs, total=False):
 
     resize_mode: str | None
     fill_color: int | None
+
+
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """Brings greyscale of more than 8 bits to 8; images of other modes stay as they are.
+
+    16 bits are scaled, 65535 to 255. PIL's `convert`, and with it open_clip, makes white of all that is above 255.
+
+    Raises:
+        ValueError: 32-bit values, which have no agreed scale, are not from 0 to 255.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # the latter before Pillow 11
+        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F") and 0 not in image.size:
+        values = np.asarray(image)
+        low, high = float(values.min()), float(values.max())
+        if not (0 <= low and high <= 255) or (image.mode == "F" and 0 < high <= 1):
+            raise ValueError(
+                f"values of an image of mode {image.mode!r} must be from 0 to 255, but these are from {low:g} to {high:g}: "
+                "scale them and convert the image to 'L'."
+            )
+    return image
+
+
+def load_rgb(source: Any, timeout: float | None = None) -> Image.Image:
+    """Opens a path, URL or base64 string, as RGB and upright by its EXIF tag; does the same to a PIL image.
+
+    transformers' `load_image`, which clips greyscale of 16 bits: here that is scaled, except from a URL or base64.
+
+    Args:
+        source: What to open.
+        timeout: Seconds to wait for a URL.
+
+    Raises:
+        ValueError: with the name of the image, and the reason.
+    """
+    if isinstance(source, Image.Image):
+        return to_eight_bits(ImageOps.exif_transpose(source)).convert("RGB")
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"expected a path, a URL, a base64 string or a PIL image, not {type(source).__name__}.")
+    source = os.fspath(source)
+    is_file = os.path.isfile(source)
+    try:
+        if not is_file:
+            return load_image(source, timeout=timeout)
+        with Image.open(source) as image:
+            return load_rgb(image)
+    except Exception as error:
+        name = source if len(source) <= 200 else f"{source[:200]}..."
+        reason = f"{error.__class__.__name__}: {error}".rstrip(".") if is_file else error.__class__.__name__
+        hint = (
+            "" if is_file else " A string must be a path, a URL or a base64 image; a text is to be passed as `text=`."
+        )
+        raise ValueError(f"The image {name!r} cannot be loaded ({reason}).{hint}") from error
 
 
 def resized_size(height: int, width: int, size: SizeDict, resize_mode: str) -> tuple[int, int]:
@@ -188,7 +241,8 @@ class CocaImageProcessorMixin:
 
         Args:
             images: A PIL image, an array or tensor of shape `[H, W]`, `[H, W, C]` or `[C, H, W]` with values from 0 to
-                255, a path, a URL, or a (nested) list of these; or an array or tensor with a leading batch axis.
+                255, a path, a URL, or a (nested) list of these; or an array or tensor with a leading batch axis. Of an
+                animation the frame it stands at, the first of a file. Greyscale of 16 bits is scaled to 8.
             kwargs: Any setting, for this call. `crop_size` follows `size` if the two are equal in this processor.
 
         Returns:
@@ -227,6 +281,20 @@ class CocaImageProcessorMixin:
                 raise ValueError(f"{name}={given} must hold {allowed}, positive.")
         if not 0 <= (kwargs.get("fill_color") or 0) <= 255:
             raise ValueError(f"fill_color={kwargs['fill_color']} must be from 0 to 255.")
+        if isinstance(kwargs.get("resample"), int) and kwargs["resample"] not in list(PILImageResampling):
+            raise ValueError(
+                f"resample={kwargs['resample']} is none of PIL's filters, which are 0 to 5 (3 is bicubic)."
+            )
+        if kwargs.get("input_data_format") not in (None, *ChannelDimension):
+            formats = " or ".join(repr(name.value) for name in ChannelDimension)
+            raise ValueError(f"input_data_format={kwargs['input_data_format']!r} must be {formats}.")
+        for name in ("image_mean", "image_std"):
+            values = kwargs.get(name)
+            if isinstance(values, tuple) and (len(values) != 3 and kwargs.get("do_convert_rgb")):
+                raise ValueError(f"{name}={values} must have one value for each of the 3 channels.")
+        deviations = kwargs.get("image_std")
+        if deviations is not None and not np.all(np.asarray(deviations) > 0):
+            raise ValueError(f"image_std={deviations} must be positive.")
         return kwargs
 
     def fetch_images(self, image_url_or_urls):
@@ -237,15 +305,7 @@ class CocaImageProcessorMixin:
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
         if isinstance(image_url_or_urls, (str, os.PathLike)):
-            source = os.fspath(image_url_or_urls)
-            try:
-                return load_image(source)
-            except Exception as error:
-                name = source if len(source) <= 200 else f"{source[:200]}..."
-                raise ValueError(
-                    f"The image {name!r} cannot be loaded ({error.__class__.__name__}). A string must be a path, a URL "
-                    "or a base64 image; a text is to be passed as `text=`."
-                ) from error
+            return load_rgb(image_url_or_urls)
         return image_url_or_urls
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
@@ -267,41 +327,80 @@ class CocaImageProcessorMixin:
         prepared = []
         for index, image in enumerate(self._prepare_images_structure(images, expected_ndims)):
             try:
-                _check_image(image, kwargs.get("do_rescale"))
+                image = _checked(image, **{name: kwargs.get(name) for name in _SCALING})
                 prepared.append(self.process_image(image, *args, **kwargs))
-            except TypeError as error:
-                raise TypeError(f"images[{index}]: {error}") from error
-            # PIL reads the pixels only now, and reports bad files by many exceptions.
-            except (ValueError, OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-                what = "" if isinstance(error, ValueError) else "the file is corrupt or truncated: "
-                raise ValueError(f"images[{index}]: {what}{error}") from error
+            except (TypeError, ValueError) as error:
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"images[{index}]: {error}") from error
         return prepared
 
 
-def _check_image(image: Any, do_rescale: bool | None) -> None:
-    """Refuses what would become garbage in `pixel_values`."""
+_SCALING = ("do_rescale", "rescale_factor", "do_normalize")
+
+
+def _checked(image: Any, do_rescale: bool | None, rescale_factor: float | None, do_normalize: bool | None) -> Any:
+    """The image, of at most 8 bits if it is PIL's. Refuses what would become garbage in `pixel_values`."""
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise ValueError(f"the image is empty ({image.width} x {image.height} pixels).")
-        return
+        try:
+            image.load()
+        except Exception as error:  # PIL's decoders report bad files by many exceptions
+            what = "" if isinstance(error, ValueError) else "the file is corrupt or truncated: "
+            raise ValueError(f"{what}{error}") from error
+        _warn_of_scale(0, 255, False, do_rescale, rescale_factor, do_normalize)
+        return to_eight_bits(image)
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         hint = ": open it by `PIL.Image.open(io.BytesIO(...))`" if isinstance(image, bytes) else ""
         raise TypeError(f"expected a PIL image, an array, a tensor, a path or a URL, not {type(image).__name__}{hint}.")
     if image.ndim not in (2, 3) or 0 in image.shape:
         raise ValueError(f"the shape {tuple(image.shape)} is not [H, W], [H, W, C] or [C, H, W] with pixels in it.")
-    if isinstance(image, torch.Tensor):
-        floating = image.is_floating_point()
-        image = image if floating or image.dtype == torch.uint8 else image.to(torch.int64)  # uint16 has no min()
-    else:
-        floating = np.issubdtype(image.dtype, np.floating)
-    low, high = float(image.min()), float(image.max())  # NaN if there is one
+    try:
+        if isinstance(image, torch.Tensor):
+            image = image.detach()
+            floating = image.is_floating_point()
+            values = image if floating or image.dtype == torch.uint8 else image.to(torch.int64)  # uint16 has no min()
+            low, high = (float(value) for value in values.aminmax())  # NaN if there is one
+        elif np.issubdtype(image.dtype, np.complexfloating):
+            raise TypeError("its values are complex")
+        else:
+            floating = np.issubdtype(image.dtype, np.floating)
+            low, high = float(image.min()), float(image.max())
+    except (RuntimeError, TypeError) as error:  # objects, strings, float8, sparse or meta tensors
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise TypeError(
+            f"an image of {image.dtype} values cannot be read ({reason}): make it uint8 or float32."
+        ) from error
     if floating and not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("the image has values that are NaN or infinite.")
     if not floating and (low < 0 or high > 255):
         raise ValueError(f"integer values must be from 0 to 255, but these are from {low:.0f} to {high:.0f}.")
-    if floating and do_rescale and 0 <= low and 0 < high <= 1:
+    is_mask = image.dtype in (bool, torch.bool)
+    _warn_of_scale(low, 255 if is_mask else high, floating, do_rescale, rescale_factor, do_normalize)
+    return image
+
+
+def _warn_of_scale(
+    low: float,
+    high: float,
+    floating: bool,
+    do_rescale: bool | None,
+    rescale_factor: float | None,
+    do_normalize: bool | None,
+) -> None:
+    """Says so, once, where values do not look like what the settings take them for; near-black images pass for both."""
+    if do_rescale:
+        # Resized images go beyond 0 and 255 a little, normalised ones are within a few units of 0
+        is_8_bit = -64 < low and high < 320 and not (low < 0 and high < 8) and not 0 < high <= 1
+        if floating and rescale_factor == 1 / 255 and not is_8_bit:
+            logger.warning_once(
+                "An image of floats is about to be divided by 255, but its values are not from 0 to 255. Pass "
+                "`do_rescale=False` if they are from 0 to 1, and `do_normalize=False` too if they are normalised."
+            )
+    elif do_normalize and not (-1 < low and high < 2):
         logger.warning_once(
-            "An image of floats has values from 0 to 1 and is about to be divided by 255. Pass `do_rescale=False`."
+            "With `do_rescale=False` an image must have values from 0 to 1 to be normalised, and this one has not. Leave "
+            "`do_rescale` on, or pass `do_normalize=False` too."
         )
 
 
@@ -316,6 +415,10 @@ def to_channels_first(array: Any, input_data_format: str | ChannelDimension | No
             raise ValueError(f"the shape {tuple(array.shape)} has no axis of 1, 3 or 4 channels.") from None
     if input_data_format == ChannelDimension.LAST:
         array = array.permute(2, 0, 1) if isinstance(array, torch.Tensor) else np.moveaxis(array, -1, 0)
+    if array.shape[0] not in (1, 3, 4):
+        raise ValueError(
+            f"input_data_format={str(input_data_format)!r} makes {array.shape[0]} channels, not 1, 3 or 4."
+        )
     return array
 
 
@@ -325,7 +428,8 @@ class CocaImageProcessorPil(CocaImageProcessorMixin, PilBackend):
     The image is resized to `size` in its own mode, cropped at the centre to `crop_size`, made RGB (alpha is dropped),
     scaled to [0, 1] and normalised. `size=288` alone sets both sizes; `size={"height": 224, "width": 336}` is a target
     that is not square. Arrays of 8 bits are treated as the PIL image they make; arrays of floats are resized as
-    floats, neither rounded nor clipped. EXIF orientation is not applied to PIL images, as in open_clip.
+    floats, neither rounded nor clipped. EXIF orientation is not applied to PIL images, as in open_clip. Unlike there,
+    greyscale of 16 bits is scaled to 8, not clipped to white.
 
     Example:
 

@@ -41,8 +41,11 @@ from .generation_coca import (
     CocaCache,
     CocaGenerationMixin,
     as_coca_cache,
+    check_cache,
     check_image_tokens,
+    check_mask,
     check_one_image_input,
+    check_texts,
     hide_after_pad_id,
     is_one_of,
     real_tokens,
@@ -394,13 +397,20 @@ class CocaVisionEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         config = self.config
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels or pixel_values.shape[0] == 0:
             raise ValueError(
                 f"`pixel_values` must have shape (batch, {config.num_channels}, height, width), got "
                 f"{tuple(pixel_values.shape)}."
             )
         grid = (pixel_values.shape[2] // config.patch_size, pixel_values.shape[3] // config.patch_size)
-        if grid != config.grid_size and not interpolate_pos_encoding:
+        if 0 in grid:
+            raise ValueError(
+                f"`pixel_values` are {pixel_values.shape[2]}x{pixel_values.shape[3]} pixels, less than one patch of "
+                f"`patch_size` = {config.patch_size}."
+            )
+        size = config.image_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        if tuple(pixel_values.shape[2:]) != size and not interpolate_pos_encoding:
             raise ValueError(
                 f"`pixel_values` are {pixel_values.shape[2]}x{pixel_values.shape[3]} pixels, the model expects "
                 f"`image_size` = {config.image_size}: resize the images, or pass `interpolate_pos_encoding=True`."
@@ -737,6 +747,7 @@ class CocaVisionModel(CocaPreTrainedModel):
         """
         if pixel_values is None:
             raise ValueError("`pixel_values` are missing.")
+        check_one_image_input(pixel_values=pixel_values)
         hidden_states = self.pre_layernorm(self.embeddings(pixel_values, interpolate_pos_encoding))
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
@@ -850,7 +861,12 @@ class CocaTextModel(CocaPreTrainedModel):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         config = self.config
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            check_texts(input_ids, "input_ids", 2)
+            inputs_embeds = _look_up(
+                self.embed_tokens, input_ids, "`input_ids` must be less than `text_config.vocab_size`"
+            )
+        else:
+            check_texts(inputs_embeds, "inputs_embeds", 3)
         batch_size, length = inputs_embeds.shape[:2]
         if length > config.max_text_length:
             raise ValueError(
@@ -858,6 +874,8 @@ class CocaTextModel(CocaPreTrainedModel):
                 "(`text_config.max_text_length`): shorten the text, or tokenize with `truncation=True`."
             )
         cache = as_coca_cache(cache, past_key_values)
+        check_cache(cache, batch_size)
+        check_mask(attention_mask, batch_size, length, cache)
         if output_embedding is None:
             output_embedding = cache is None
         add_cls = output_embedding and config.use_cls_token
@@ -888,7 +906,10 @@ class CocaTextModel(CocaPreTrainedModel):
         ):
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             attention_mask = hide_after_pad_id(input_ids, real.bool(), config.pad_token_id)
-        hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
+        positions = _look_up(
+            self.embed_positions, position_ids, "the text, or `position_ids`, must end within `max_position_embeddings`"
+        )
+        hidden_states = self.dropout(inputs_embeds + positions)
         mask = create_causal_mask(config, hidden_states, attention_mask, cache)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, cache=cache, **kwargs)
@@ -910,6 +931,15 @@ class CocaTextModel(CocaPreTrainedModel):
             return last
         is_eos = is_one_of(input_ids, self.config.eos_token_id) & attention_mask.bool()
         return torch.where(is_eos.any(dim=-1), is_eos.long().argmax(dim=-1), last)
+
+
+def _look_up(embedding: nn.Embedding, ids: torch.LongTensor, rule: str) -> torch.Tensor:
+    """Rows of a table. On CPU an id that it has not is named; a GPU says only that it was one, so `generate` looks before."""
+    try:
+        return embedding(ids)
+    except IndexError as error:
+        low, high = (int(value) for value in ids.aminmax())
+        raise ValueError(f"{rule} ({embedding.num_embeddings}), got ids from {low} to {high}.") from error
 
 
 # --------------------------------------------------------------------------------------------------- the dual encoder
@@ -1376,6 +1406,8 @@ class CocaTextDecoder(CocaPreTrainedModel):
             attention_mask (`(B, past + T)`): 1 for tokens, 0 for padding.
             cache: see [`CocaCache`].
         """
+        if encoder_hidden_states is not None:  # as `pixel_values`, they may come in another precision
+            encoder_hidden_states = encoder_hidden_states.to(inputs_embeds.dtype)
         # The unimodal layers have written to the cache already, hence the mask is sized by the first multimodal one
         mask = create_causal_mask(
             self.config, inputs_embeds, attention_mask, cache, layer_idx=self.config.num_unimodal_layers
@@ -1572,6 +1604,17 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
         )
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Give `input_ids` or `inputs_embeds` (a BOS token alone starts a caption).")
+        texts = input_ids if inputs_embeds is None else inputs_embeds
+        check_texts(texts, "input_ids" if inputs_embeds is None else "inputs_embeds", 2 if inputs_embeds is None else 3)
+        if labels is not None and (labels.shape != texts.shape[:2] or labels.is_floating_point()):
+            raise ValueError(
+                f"`labels` must be token ids (integers) of shape {tuple(texts.shape[:2])}, got {labels.dtype} of shape "
+                f"{tuple(labels.shape)}."
+            )
+        if contrastive_mask is not None and contrastive_mask.shape != texts.shape[:1]:
+            raise ValueError(
+                f"`contrastive_mask` must have shape ({texts.shape[0]},), got {tuple(contrastive_mask.shape)}."
+            )
         has_image = pixel_values is not None or image_hidden_states is not None
         contrast = labels is not None and config.contrastive_loss_weight > 0
         caption = labels is None or config.caption_loss_weight > 0
@@ -1584,6 +1627,7 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
             if attention_mask is None and input_ids is not None:
                 attention_mask = real_tokens(input_ids, config.text_config.pad_token_id)
             if attention_mask is not None and attention_mask.ndim == 2:
+                check_mask(attention_mask, *texts.shape[:2], None)
                 labels = _ignore_first_after_padding(labels, attention_mask)
         if contrastive_chunk_size is not None and labels is not None:
             return self._forward_in_chunks(
@@ -1626,7 +1670,7 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
                 encoder_hidden_states,
                 self.text_decoder.kv_size,
                 cache,
-                input_ids if inputs_embeds is None else inputs_embeds,
+                texts,
                 one_text_each=labels is not None,
             )
 
@@ -1680,7 +1724,7 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
             image_embeds=image_embeds,
             encoder_hidden_states=encoder_hidden_states,
             image_outputs=image_outputs,
-            **self._join_captured(text_outputs, decoder_outputs, input_ids if inputs_embeds is None else inputs_embeds),
+            **self._join_captured(text_outputs, decoder_outputs, texts),
         )
 
     def _losses(
@@ -1850,9 +1894,18 @@ class CocaForConditionalGeneration(CocaDecoderModel, CocaGenerationMixin):
             image_hidden_states=image_hidden_states,
             encoder_hidden_states=encoder_hidden_states,
         )
+        check_texts(input_ids, "input_ids", 2)
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         if attention_mask is None:
             attention_mask = real_tokens(input_ids, text_config.pad_token_id)
-        labels = (input_ids if labels is None else labels).masked_fill(attention_mask == 0, IGNORE_INDEX)
+        labels = input_ids if labels is None else labels
+        for name, value in (("attention_mask", attention_mask), ("labels", labels)):
+            if value.shape != input_ids.shape:
+                raise ValueError(
+                    f"`{name}` must have the shape of `input_ids` {tuple(input_ids.shape)}, got {tuple(value.shape)}."
+                )
+        labels = labels.masked_fill(attention_mask == 0, IGNORE_INDEX)
         labels = F.pad(_ignore_first_after_padding(labels, attention_mask), (-1, 1), value=IGNORE_INDEX)
         if pixel_values is not None or image_hidden_states is not None:
             images = pixel_values if image_hidden_states is None else image_hidden_states

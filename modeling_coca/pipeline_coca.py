@@ -17,9 +17,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 from transformers.utils import find_adapter_config_file
+
+from .image_processing_pil_coca import load_rgb
 
 ANSWER_HEAD = "CocaForVisualQuestionAnswering"
 
@@ -45,7 +46,7 @@ class _CocaPipeline(Pipeline):
             )
 
     def _inputs(self, image: Any, text: str, timeout: float | None):
-        images = [load_image(image, timeout=timeout)]
+        images = [load_rgb(image, timeout=timeout)]
         return self.processor(images=images, text=[text], return_tensors="pt").to(dtype=self.dtype)
 
     def save_pretrained(self, save_directory, **kwargs):

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTokenizer
+from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import logging
 
 try:
@@ -38,6 +39,8 @@ def _byte_symbols() -> list[str]:
 
 _BYTE_SYMBOLS = _byte_symbols()
 _TEXT_SYMBOLS = frozenset(symbol + suffix for symbol in _BYTE_SYMBOLS for suffix in ("", _END_OF_WORD))
+# What ftfy leaves alone at many times the cost (for each line): most captions, and ASCII over several lines.
+_PLAIN = re.compile(r"[\t\n\r -%'-~]*")  # no "&", which starts an HTML entity
 _STRAIGHT_QUOTES = str.maketrans("‘’‛“”„‟", "'''" + '"' * 4)
 # What decoding attaches to the word before it: closing punctuation, and the contractions that BPE splits off.
 _ATTACHED = re.compile(r" (?=(?:[.,!?)]+|'(?:s|t|re|ve|m|ll|d)[.,!?]*)(?: |$))|(?<=\() ")
@@ -77,8 +80,7 @@ def clean_text(text: str) -> str:
     'fish & chips'
     ```
     """
-    # Printable ASCII without entities is what most captions are; ftfy leaves it alone at 30 times the cost.
-    if not (text.isascii() and text.isprintable()) or "&" in text:
+    if _PLAIN.fullmatch(text) is None:
         text = _fix_unicode(text) if ftfy is None else ftfy.fix_text(text)
         text = html.unescape(html.unescape(text))
     return " ".join(text.split()).lower()
@@ -267,12 +269,27 @@ class CocaTokenizer(CLIPTokenizer):
 
     def _encode_plus(self, text, text_pair=None, **kwargs):
         # A marked chat is encoded piece by piece through `encode`, which cleans the pieces.
+        if kwargs.get("truncation_strategy") not in (None, TruncationStrategy.DO_NOT_TRUNCATE):
+            self._check_truncation(kwargs.get("max_length"), kwargs.get("stride") or 0)
         if not kwargs.get("sanitize_control_tokens"):
             text = self._clean(text, "text")
             text_pair = self._clean(text_pair, "text_pair") if text_pair is not None else None
             if isinstance(text, (list, tuple)) and not text and not kwargs.get("is_split_into_words"):
                 raise ValueError("text is an empty list: pass at least one text.")
         return super()._encode_plus(text, text_pair=text_pair, **kwargs)
+
+    def _check_truncation(self, max_length: int | None, stride: int) -> None:
+        # The backend would not truncate at all, or panic, which no `except Exception` catches.
+        specials = self.num_special_tokens_to_add()
+        if max_length is not None and max_length < specials:
+            raise ValueError(
+                f"max_length={max_length} has no room for the {specials} special tokens that each text gets: truncate to "
+                f"{specials} or more."
+            )
+        if stride and max_length is not None and stride >= max_length - specials:
+            raise ValueError(
+                f"stride={stride} must be less than max_length={max_length} without {specials} special tokens."
+            )
 
     def _clean(self, text, name: str):
         """Cleans a text, or every text of a (nested) list; `name` is what errors call it."""
@@ -292,17 +309,20 @@ class CocaTokenizer(CLIPTokenizer):
         open_clip reads such a text left to right and takes `!<` as one run of symbols, so there is no special token;
         the backend would look for special tokens first. A space after the `<` does not change the split otherwise.
         """
-        specials = [token for token in {self.bos_token, self.eos_token} if token in text]
-        start = 0  # Behind the last special token that stands.
-        while found := [(index, token) for token in specials if (index := text.find(token, start)) >= 0]:
-            index, token = min(found)
+        specials = sorted(token for token in {self.bos_token, self.eos_token} if token in text)
+        if not specials:
+            return text
+        pattern = re.compile("|".join(map(re.escape, specials)))
+        pieces, copied, start = [], 0, 0  # `start` is behind the last special token that stands
+        while found := pattern.search(text, start):
+            index, token = found.start(), found.group()
             cut = next((i for i, char in enumerate(token) if not _is_symbol(char)), 0)
             if cut and index > start and _is_symbol(text[index - 1]):
-                text = f"{text[: index + cut]} {text[index + cut :]}"
-                start = index + cut
+                pieces += [text[copied : index + cut], " "]
+                copied = start = index + cut
             else:
-                start = index + len(token)
-        return text
+                start = found.end()
+        return "".join([*pieces, text[copied:]])
 
     def _convert_encoding(self, encoding, *args, verbose: bool = True, **kwargs):
         length = sum(encoding.attention_mask)
@@ -336,11 +356,13 @@ class CocaTokenizer(CLIPTokenizer):
         if skip_special_tokens and isinstance(token_ids, (list, tuple)) and _is_text_symbol(self.pad_token):
             token_ids = self._strip_padding(list(token_ids))
         # The base class refuses to clean up after BPE, for BPE that keeps the spaces of the text. CLIP's does not.
-        text = (
-            super()
-            ._decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False, **kwargs)
-            .strip()
-        )
+        kwargs |= {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+        try:
+            text = super()._decode(token_ids, **kwargs).strip()
+        except OverflowError as error:
+            raise ValueError(
+                f"token_ids must be from 0 to {len(self) - 1}: replace the -100 of labels by `pad_token_id`."
+            ) from error
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text

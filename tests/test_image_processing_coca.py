@@ -14,15 +14,15 @@ pytest.importorskip("torchvision")
 from modeling_coca.image_processing_coca import CocaImageProcessor
 
 BACKENDS = [CocaImageProcessorPil, CocaImageProcessor]
-MODES = ["RGB", "L", "RGBA", "LA", "CMYK", "P", "1", "I;16", "I", "F", "YCbCr"]
+MODES = ["RGB", "L", "RGBA", "LA", "CMYK", "P", "1", "I", "F", "YCbCr"]
 ONE_STEP = 1 / 255 / 0.26130258 + 1e-5  # of 8 bits, in normalised units: 0.0150
 
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
     """An image in which one pixel of displacement, or another filter, is seen at once."""
     rng = np.random.default_rng(width * 10_007 + height)
-    if mode in ("I;16", "I"):
-        return Image.fromarray(rng.integers(0, 2**16, (height, width), dtype=np.uint16 if mode == "I;16" else np.int32))
+    if mode == "I":
+        return Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.int32))
     if mode == "F":
         return Image.fromarray(rng.uniform(0, 255, (height, width)).astype(np.float32))
     image = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8))

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
+
+from modeling_coca.image_processing_pil_coca import load_rgb
 
 from .limits import check_image, check_plain
 from .sources import ImageShard
@@ -161,7 +163,7 @@ def open_image(source: Any, at_least: int | None = None) -> Any:
             if at_least is not None:
                 image.draft("RGB", (at_least, at_least))  # JPEG's own way; other formats ignore it
             check_image(image)
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return load_rgb(image)
     if not isinstance(source, (Image.Image, np.ndarray, torch.Tensor)):
         raise TypeError(f"{type(source).__name__} is no image, path or encoded image")
     return source

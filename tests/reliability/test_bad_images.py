@@ -249,7 +249,7 @@ def test_reasons_of_pil_images(name, door, through, tmp_path):
 
 
 MEMORY = """
-import json, resource, sys
+import json, re, sys
 from PIL import Image
 from transformers import AutoImageProcessor
 from modeling_coca import CocaImageProcessorPil
@@ -257,7 +257,7 @@ from modeling_coca.inference import ImageLoader, open_images
 
 processor = CocaImageProcessorPil(size=32)
 processor(Image.new("RGB", (32, 32)))
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])  # `ru_maxrss` is the parent's, too
 grown = {}
 for path in sys.argv[1:]:
     before = peak()
@@ -272,6 +272,7 @@ print(json.dumps(grown))
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_bombs_cost_no_memory(tmp_path):
     (tmp_path / "bomb.png").write_bytes(BROKEN["20,000 x 20,000 pixels in 50 kB"][0]())
     (tmp_path / "line.png").write_bytes(encode(np.zeros((1, 100_000), np.uint8), "PNG"))
@@ -283,7 +284,7 @@ def test_bombs_cost_no_memory(tmp_path):
     grown = json.loads(run.stdout.splitlines()[-1])
     assert grown["bomb.png"][:2] == [True, True] and grown["bomb.png"][2] < 30, grown  # MB
     assert grown["line.png"][:2] == [True, True] and grown["line.png"][2] < 30, grown
-    assert grown["large.png"][:2] == [False, False] and grown["large.png"][2] > 30, grown  # it would be seen
+    assert grown["large.png"][:2] == [False, False] and grown["large.png"][2] > 60, grown  # it would be seen
 
 
 def test_unreadable_rows_of_a_table_cost_themselves_only(tmp_path):

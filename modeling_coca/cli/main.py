@@ -17,7 +17,7 @@ from .search import search
 
 # On CPUs PyTorch, oneDNN and Python's threads have no exception of their own for it
 _OUT_OF_MEMORY = re.compile(
-    r"can't allocate memory|out of memory|not enough memory|can't start new thread|could not create a primitive|bad_alloc",
+    r"can(?:no|')t allocate memory|out of memory|not enough memory|can't start new thread|could not create a primitive|bad_alloc",
     re.IGNORECASE,
 )
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -481,7 +482,9 @@ class CocaIndex:
         if self.dataset is None:
             raise ValueError("The index is empty: there is nothing to save.")
         folder = Path(folder)
-        if folder.exists() and not (folder / "index.json").is_file() and any(folder.glob("[!.]*")):
+        # Data without the file that names them are of a first save that was killed
+        others = [path for path in folder.glob("[!.]*") if not re.fullmatch(r"data-[0-9a-f]{12}", path.name)]
+        if others and not (folder / "index.json").is_file():
             raise ValueError(f"{folder} holds other things than an index: choose another folder.")
         if self._faiss is None:
             self._build()
@@ -489,7 +492,7 @@ class CocaIndex:
         try:
             with told_if_full(folder):
                 self.dataset.save_to_disk(data)
-                self._faiss.save(data / "index.faiss")
+                _import_faiss().write_index(self._faiss.faiss_index, str(data / "index.faiss"))
                 np.save(data / "removed.npy", np.array(sorted(self._removed), dtype=np.int64))
             write_file(folder / "index.json", json.dumps({"data": data.name, **self._settings()}, indent=2))
         except BaseException:

@@ -235,10 +235,13 @@ def compute_features(
             else:
                 unfinished.unlink(missing_ok=True)  # which may be a link
                 shape = (len(first_rows), views, *_encode(vision_model, pixel_values, feature_layers).shape[1:])
-                array = np.lib.format.open_memmap(unfinished, "w+", np.float16, shape)
-                if hasattr(os, "posix_fallocate"):  # or a full disk would end the process, when a page is written to
-                    with told_if_full(path), open(unfinished, "r+b") as file:
-                        os.posix_fallocate(file.fileno(), 0, unfinished.stat().st_size)
+                with told_if_full(path):
+                    array = np.lib.format.open_memmap(unfinished, "w+", np.float16, shape)
+                    if hasattr(
+                        os, "posix_fallocate"
+                    ):  # or a full disk would end the process, when a page is written to
+                        with open(unfinished, "r+b") as file:
+                            os.posix_fallocate(file.fileno(), 0, unfinished.stat().st_size)
             # 16 is the least with which PyTorch hands 1x1 convolutions to oneDNN on one thread
             size = batch_size or max(16, 16 * 128**2 // (pixel_values.shape[-1] * pixel_values.shape[-2]))
             batches = [jobs[start : start + size] for start in range(done, len(jobs), size)]

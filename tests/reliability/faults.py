@@ -22,6 +22,7 @@ import ctypes
 import hashlib
 import json
 import os
+import pickle
 import random
 import re
 import resource
@@ -432,12 +433,25 @@ def run(job: Job, folder: Path, log: Path, faults: list[Fault] | None = None, **
 
 
 def look(function: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        return function()
-    finally:
-        os.chdir(before)
+    """In a process of its own: forks of one that has threads, or locks that a killed one held, would hang."""
+    reader, writer = os.pipe()
+    process = os.fork()
+    if not process:
+        try:
+            os.chdir(folder)
+            answer = function()
+        except BaseException as error:
+            answer = AssertionError(f"half: {type(error).__name__}: {error}")
+        with open(writer, "wb") as pipe:
+            pickle.dump(answer, pipe)
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        answer = pickle.load(pipe)
+    os.waitpid(process, 0)
+    if isinstance(answer, AssertionError):
+        raise answer
+    return answer
 
 
 def files_of(folder: Path) -> list[str]:

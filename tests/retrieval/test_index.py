@@ -237,6 +237,10 @@ def test_a_save_that_fails_leaves_the_old_index(tmp_path, monkeypatch):
             index.save(tmp_path / "index")
     assert len(CocaIndex.load(tmp_path / "index")) == 4
     assert len(list((tmp_path / "index").iterdir())) == 2
+    # Killed in its first save
+    shutil.copytree(next((tmp_path / "index").glob("data-*")), tmp_path / "first" / "data-0123456789ab")
+    index.save(tmp_path / "first")
+    assert len(CocaIndex.load(tmp_path / "first")) == 5 and len(list((tmp_path / "first").iterdir())) == 2
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("")
     with pytest.raises(ValueError, match="holds other things"):

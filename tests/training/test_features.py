@@ -158,13 +158,14 @@ def test_features_that_are_complete_survive_a_kill_at_the_end(
     assert sorted(file.name for file in tmp_path.glob("a.npy*")) == ["a.npy", "a.npy.json"]
 
 
-def test_a_full_disk_is_found_before_anything_is_computed(rows, image_processor, model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["posix_fallocate", "open_memmap"])
+def test_a_full_disk_is_found_before_anything_is_computed(step, rows, image_processor, model, tmp_path, monkeypatch):
     """A page of a mapped file without room for it would end the process by a signal."""
 
-    def fail(descriptor, offset, length):
+    def fail(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", fail)
+    monkeypatch.setattr(os if step == "posix_fallocate" else np.lib.format, step, fail)
     with pytest.raises(OSError, match=r"^The disk is full: .*a\.npy could not be written"):
         compute_features(rows, model.model.vision_model, image_processor, tmp_path / "a.npy")
     assert not list(tmp_path.glob("a.npy*"))

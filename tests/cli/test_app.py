@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 
 
@@ -15,6 +14,7 @@ import pytest
 def served(monkeypatch):
     """What was there while the page was: it ends at once."""
     gradio = pytest.importorskip("gradio")
+    httpx = pytest.importorskip("httpx")
     seen = {}
 
     def visit(page):
@@ -76,6 +76,7 @@ def test_help_tells_who_can_see_the_page(coca):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_process_that_is_ended_deletes_what_was_sent(number, model_folder, photos, tmp_path):
     pytest.importorskip("gradio")
+    httpx = pytest.importorskip("httpx")
     command = [sys.executable, "-m", "modeling_coca.cli", "app", "--model", str(model_folder)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}

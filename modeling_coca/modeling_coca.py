@@ -541,7 +541,8 @@ def _check_loaded(model: nn.Module, info: Mapping | None, source: str | os.PathL
     broken = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.device.type != "meta"
+        if type(parameter) is nn.Parameter  # quantized and distributed ones are their makers' to check
+        and parameter.device.type != "meta"
         and parameter.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and not torch.isfinite(parameter.detach().sum(dtype=torch.float32))
     ]

@@ -292,10 +292,6 @@ class CocaTextConfig(PreTrainedConfig):
         )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             self._require_token(name)
-        _require(
-            self.use_cls_token or self.eos_token_id is not None,
-            "Without [CLS] (`use_cls_token=False`) the text embedding is read at EOS: give an `eos_token_id`.",
-        )
 
     def _require_token(self, name: str) -> None:
         value = getattr(self, name)

@@ -536,7 +536,8 @@ def _check_loaded(model: nn.Module, info: Mapping | None, source: str | os.PathL
     if names and names <= set(info["missing_keys"]):
         raise ValueError(
             f"{source} has none of the {len(names)} tensors of {type(model).__name__}, but others: "
-            f"{sorted(info['unexpected_keys'])[:3]}. Save the model's own state dict, without wrapper or prefix."
+            f"{sorted(info['unexpected_keys'])[:3]}. Save the model's own state dict, without wrapper or prefix; a tower "
+            "of a whole model is a part of it, such as `CocaModel.from_pretrained(...).text_model`."
         )
     broken = [
         name

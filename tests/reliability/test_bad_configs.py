@@ -139,7 +139,6 @@ AT_ODDS = [
     (CocaTextConfig, {"eos_token_id": 500}, "eos_token_id", "vocab_size"),
     (CocaTextConfig, {"eos_token_id": [98, 99]}, "eos_token_id", "vocab_size"),
     (CocaTextConfig, {"eos_token_id": []}, "eos_token_id", "vocab_size"),
-    (CocaTextConfig, {"eos_token_id": None, "use_cls_token": False}, "eos_token_id", "read at EOS"),
     (CocaTextConfig, {"pad_token_id": -100}, "pad_token_id", "vocab_size"),
     (CocaTextConfig, {"vocab_size": 98}, "eos_token_id", "vocab_size"),
     (CocaTextConfig, {"shifted_cls_mask": True, "use_cls_token": False}, "shifted_cls_mask", "use_cls_token=True"),

@@ -93,7 +93,7 @@ def index(
     import datasets
 
     from modeling_coca.inference import embed_images, read_rows
-    from modeling_coca.inference.journal import to_json
+    from modeling_coca.inference.journal import discard, to_json
     from modeling_coca.retrieval import CocaIndex
 
     datasets.disable_progress_bars()  # of its own steps, which take a moment
@@ -118,7 +118,7 @@ def index(
     if images and not captions:
         if finished:
             made.save(folder)
-            pending.unlink()
+            discard(pending)
         folder.mkdir(parents=True, exist_ok=True)
         done = embed_images(
             images,
@@ -146,7 +146,7 @@ def index(
     added = len(made) - before + len(set(remove or ()))
     if len(made):
         made.save(folder)
-    pending.unlink(missing_ok=True)
+    discard(pending)
     if push_to_hub:
         made.push_to_hub(push_to_hub, private=True)
     if as_json:

@@ -93,26 +93,18 @@ class Journal:
                 self._note(int(path.stem.removeprefix("part-"))).unlink(missing_ok=True)
                 path.unlink()
         if self.work.is_dir():
-            self._throw_away()
+            _throw_away(self.work)
         if not self.is_folder:
             self.output.unlink(missing_ok=True)
 
     def _tidy(self) -> None:
         """Removes what a complete output does not need, at once or after a kill: what is half removed is nowhere read."""
         if not self.is_folder:
-            self._throw_away()
+            _throw_away(self.work)
         elif not self.work.is_symlink():
             for path in self.work.iterdir():
                 if path.name not in ("complete", "lock", "settings.json"):
                     path.unlink(missing_ok=True)
-
-    def _throw_away(self) -> None:
-        """The hidden folder; renamed before, as nobody should take up a job of which a part is gone."""
-        trash = self.work.with_name(f"{self.work.name}.trash")
-        shutil.rmtree(trash, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):  # an earlier call came so far
-            os.rename(self.work, trash)
-        shutil.rmtree(trash, ignore_errors=True)
 
     def _lock(self) -> IO:
         """Lets one process on at a time, until the file is closed: the process ends, however it ends."""
@@ -262,6 +254,23 @@ def _places(line: bytes) -> set[int] | None:
 
 def _work_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.coca") if output.suffix in FORMATS else output / ".coca"
+
+
+def _throw_away(work: Path) -> None:
+    """The hidden folder; renamed before, as nobody should take up a job of which a part is gone."""
+    trash = work.with_name(f"{work.name}.trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):  # an earlier call came so far
+        os.rename(work, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def discard(output: str | os.PathLike) -> None:
+    """Removes a file that is complete and of no use any more, and before it what a kill has left of its making."""
+    output = Path(output)
+    if output.is_file():
+        _throw_away(_work_folder(output))
+        output.unlink()
 
 
 def begun_settings(output: str | os.PathLike) -> dict[str, Any]:

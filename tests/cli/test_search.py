@@ -5,7 +5,7 @@ import json
 import pytest
 
 from modeling_coca.inference import caption_images
-from modeling_coca.inference.mapping import Journal
+from modeling_coca.inference.journal import Journal
 from modeling_coca.retrieval import CocaIndex
 
 
@@ -84,3 +84,16 @@ def test_errors_take_one_line(args, message, coca, photos, tmp_path):
     coca("index", photos / "more", "-o", tmp_path / "index", "--num_workers", 0)
     code, _, err = coca(*[arg.format(tmp=tmp_path, bad=tmp_path / "bad.png") for arg in args])
     assert code == 1 and message in err
+
+
+def test_an_index_takes_in_what_a_killed_run_had_finished(coca, photos, tmp_path, monkeypatch):
+    """Killed when the embeddings were complete, and before the rest of their making was removed."""
+    folder = tmp_path / "photos.index"
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "_tidy", lambda self: (_ for _ in ()).throw(OSError("killed")))
+        assert coca("index", photos, "-o", folder, "--num_workers", 0)[0] == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["..new.parquet.coca", ".new.parquet"]
+    for _ in range(2):
+        code, out, err = coca("index", photos, "-o", folder, "--num_workers", 0)
+        assert code == 0 and "12 images" in out, err
+    assert not list(folder.glob(".*"))

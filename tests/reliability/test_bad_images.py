@@ -139,7 +139,10 @@ BROKEN = {
     "a truncated webp": (lambda: encode(PHOTO, "WEBP")[:-300], "identify|no image format|decod|truncated|frame"),
     "a truncated gif": (lambda: encode(PHOTO, "GIF")[:-500], "truncated"),
     "a truncated tiff": (lambda: encode(PHOTO, "TIFF")[:-900], "truncated|not enough|identify|no image format"),
-    "a truncated qoi": (lambda: encode(PHOTO, "QOI")[:-900], "corrupt|index out of range|truncated"),
+    "a truncated qoi": (
+        lambda: encode(PHOTO, "QOI")[:-900],
+        "corrupt|index out of range|not enough image data|truncated",
+    ),
     "rows that are no zlib": (
         lambda: encode(PHOTO, "PNG").replace(b"IDATx", b"IDATy", 1),
         "broken|checksum|truncated|decod|corrupt",

@@ -267,6 +267,12 @@ class CocaTokenizer(CLIPTokenizer):
         self._cased_specials = re.compile(f"({'|'.join(map(re.escape, cased))})") if cased else None
         return number
 
+    def _save_pretrained(self, *args, **kwargs):
+        # How the last call cut and padded is no part of a tokenizer, and would be written down
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        return super()._save_pretrained(*args, **kwargs)
+
     def _encode_plus(self, text, text_pair=None, **kwargs):
         # A marked chat is encoded piece by piece through `encode`, which cleans the pieces.
         if kwargs.get("truncation_strategy") not in (None, TruncationStrategy.DO_NOT_TRUNCATE):

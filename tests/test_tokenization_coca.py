@@ -316,6 +316,16 @@ def test_special_tokens_with_capitals(small, tmp_path):
         assert each(["[img]", "<END_OF_TEXT>"])["input_ids"] == small(["[img]", "<END_OF_TEXT>"])["input_ids"]
 
 
+def test_what_is_saved_does_not_depend_on_the_last_call(small, tmp_path):
+    tokenizer = copy.deepcopy(small)
+    tokenizer.save_pretrained(tmp_path / "fresh")
+    ids = tokenizer(["fox", "a fox and a dog"], padding=True, truncation=True, max_length=4)["input_ids"]
+    tokenizer.save_pretrained(tmp_path / "used")
+    assert tokenizer(["fox", "a fox and a dog"], padding=True, truncation=True, max_length=4)["input_ids"] == ids
+    fresh, used = ((tmp_path / name / "tokenizer.json").read_text() for name in ("fresh", "used"))
+    assert fresh == used
+
+
 def test_too_long_text_is_an_error_unless_truncated(clip_like):
     text = "fox " * 100
     for call in (clip_like, clip_like.encode):

@@ -36,6 +36,8 @@ def served(model_folder, photos, tmp_path_factory, connections):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
         patch.setenv("GRADIO_SHARE", "True")
+        tunnels = []
+        patch.setattr("gradio.networking.setup_tunnel", lambda *args, **_: tunnels.append(args))
         patch.delenv("GRADIO_ANALYTICS_ENABLED", raising=False)
         page = launch_app(
             model_folder,
@@ -50,6 +52,7 @@ def served(model_folder, photos, tmp_path_factory, connections):
             url=page.local_url.rstrip("/"),
             uploads=folder / "uploads",
             index=index,
+            tunnels=tunnels,
             loaded={"model": model, "processor": processor},
         )
         page.close(verbose=False)
